@@ -1,0 +1,1 @@
+//! gRPC front door: validation, admission, job state, event streams.

@@ -1,0 +1,169 @@
+//! The contract between a worker and the model it serves.
+//!
+//! One OS thread owns each engine (see [`crate::thread`]), so engines need no locks and may block. Every method may be handed hostile
+//! values: what an engine cannot do it answers with [`EngineError`], never with a panic. If it panics all the same, the thread
+//! catches it, fails the requests at hand and builds the engine anew.
+
+use std::{any::Any, fmt::Debug, sync::Arc};
+
+use bytes::Bytes;
+use efferent_proto::{
+    ApiError,
+    v1::{ErrorCode, Model, Size},
+};
+use image::RgbImage;
+
+use crate::signal::ControlSignal;
+
+/// Why an engine did not do what was asked of it.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The request can never succeed here: a limit, a field, a space that does not fit. Not tried again.
+    #[error(transparent)]
+    Refused(#[from] ApiError),
+    /// The computation failed. Tried again, up to the limit of attempts.
+    #[error("{what}")]
+    Compute {
+        /// What was computed.
+        what: String,
+        /// The cause.
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// The engine panicked; it was built anew. Tried again, up to the limit of attempts.
+    #[error("the engine crashed: {0}")]
+    Crashed(String),
+}
+
+impl EngineError {
+    /// A failed computation with its cause.
+    pub fn compute(what: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Compute { what: what.into(), source: Some(source.into()) }
+    }
+
+    /// What the caller is told.
+    pub fn to_api(&self) -> ApiError {
+        match self {
+            Self::Refused(error) => error.clone(),
+            Self::Compute { .. } | Self::Crashed(_) => ApiError::new(ErrorCode::Engine, self.to_string()),
+        }
+    }
+
+    /// Whether another attempt may succeed.
+    pub fn is_transient(&self) -> bool {
+        !matches!(self, Self::Refused(_))
+    }
+}
+
+impl From<candle_core::Error> for EngineError {
+    fn from(source: candle_core::Error) -> Self {
+        Self::compute("tensor computation failed", source)
+    }
+}
+
+/// What an engine is and offers.
+#[derive(Debug, Clone)]
+pub struct EngineSpec {
+    /// The model it serves a part of, as clients see it.
+    pub model: Model,
+    /// Most items it computes at once: prompts' tokens for a brain, samples for a hand.
+    pub max_batch: usize,
+    /// True for engines that only pretend to compute.
+    pub simulated: bool,
+}
+
+/// A prompt to read.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct EmbedRequest {
+    /// What to draw.
+    pub prompt: String,
+    /// What to keep out of the picture; empty for nothing.
+    pub negative_prompt: String,
+}
+
+/// Computes control signals.
+pub trait Brain: Send {
+    /// What it is.
+    fn spec(&self) -> &EngineSpec;
+
+    /// What a cached signal depends on besides the request: model, connector and template hashes.
+    fn fingerprint(&self) -> String;
+
+    /// Tokens that a request costs; refuses what is over the model's limit. `embed` may be called with up to `spec().max_batch`
+    /// tokens, every request counted as long as the longest.
+    fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError>;
+
+    /// One signal for each request, in order. One request's failure leaves the others alone.
+    fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>>;
+}
+
+/// An image to render.
+#[derive(Debug, Clone)]
+pub struct RenderRequest {
+    /// What the brain computed.
+    pub signal: Arc<ControlSignal>,
+    /// Pixels.
+    pub size: Size,
+    /// Denoising steps.
+    pub steps: u32,
+    /// Strength of guidance; 1.0 means none.
+    pub guidance_scale: f32,
+    /// Seed of the noise. The picture depends on it and on nothing else that is random.
+    pub seed: u64,
+    /// Sampler by name.
+    pub sampler: String,
+}
+
+/// Samples with equal keys may be advanced together.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct BatchKey(pub String);
+
+/// An image on its way.
+pub struct Sample {
+    /// Which samples it can be advanced with.
+    pub key: BatchKey,
+    /// Steps done.
+    pub step: u32,
+    /// Steps in all.
+    pub steps: u32,
+    /// What the engine keeps of it.
+    pub state: Box<dyn Any + Send>,
+}
+
+impl Debug for Sample {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sample").field("key", &self.key).field("step", &self.step).field("steps", &self.steps).finish_non_exhaustive()
+    }
+}
+
+impl Sample {
+    /// Whether every step is done.
+    pub fn is_complete(&self) -> bool {
+        self.step >= self.steps
+    }
+}
+
+/// Renders control signals.
+pub trait Hand: Send {
+    /// What it is.
+    fn spec(&self) -> &EngineSpec;
+
+    /// Checks a request and draws its noise. Refuses a control signal of a space it does not accept, naming both.
+    fn begin(&mut self, request: &RenderRequest) -> Result<Sample, EngineError>;
+
+    /// Advances each sample by one step. All have the same key and are not complete; there are at most `spec().max_batch`. A sample whose result is
+    /// an error must not be used again; the others are not affected.
+    fn step(&mut self, batch: &mut [&mut Sample]) -> Vec<Result<(), EngineError>>;
+
+    /// The picture as the sample stands.
+    fn preview(&mut self, sample: &Sample) -> Result<RgbImage, EngineError>;
+
+    /// The picture of a complete sample.
+    fn finish(&mut self, sample: Sample) -> Result<RgbImage, EngineError>;
+
+    /// What [`Hand::resume`] needs to go on from here.
+    fn checkpoint(&self, sample: &Sample) -> Result<Bytes, EngineError>;
+
+    /// A sample that goes on from a checkpoint as if it had never stopped.
+    fn resume(&mut self, request: &RenderRequest, from: &[u8]) -> Result<Sample, EngineError>;
+}

@@ -1,0 +1,18 @@
+//! What brains and hands share.
+//!
+//! Read in this order: [`engine`] (the contract that every brain and hand implements), [`signal`] (the control signal between them),
+//! [`pipeline`] (a model folder: which brain, connector and hand go together), [`weights`] (safetensors and GGUF, checked),
+//! [`nn`] (building blocks of models), [`thread`] (the OS thread that owns an engine), [`task`] (a leased task and its duties),
+//! [`lifecycle`] (registration, heartbeat, drain), [`testing`] (the conformance kit).
+//!
+//! Deliberately absent: any particular model (those are families in the workers), and anything of gRPC.
+
+pub mod engine;
+pub mod lifecycle;
+pub mod nn;
+pub mod pipeline;
+pub mod signal;
+pub mod task;
+pub mod testing;
+pub mod thread;
+pub mod weights;

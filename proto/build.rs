@@ -1,0 +1,21 @@
+//! Compiles the `.proto` files with protox, so that no system `protoc` is needed.
+
+use std::{env, fs, path::PathBuf};
+
+use prost::Message as _;
+
+const FILES: [&str; 4] = [
+    "efferent/v1/common.proto",
+    "efferent/v1/image.proto",
+    "efferent/v1/cluster.proto",
+    "efferent/internal/v1/task.proto",
+];
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=efferent");
+    let descriptors = protox::compile(FILES, ["."])?;
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("efferent.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    Ok(())
+}

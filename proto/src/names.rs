@@ -1,0 +1,62 @@
+//! Names of queues, buckets and event subjects: the one place that spells them.
+
+use crate::v1::Lane;
+
+/// Tasks of a brain wait here, in a lane.
+pub fn brain_queue(brain: &str, lane: Lane) -> String {
+    format!("brain.{brain}.{}", lane_name(lane))
+}
+
+/// Tasks of a hand wait here, in a lane.
+pub fn hand_queue(hand: &str, lane: Lane) -> String {
+    format!("hand.{hand}.{}", lane_name(lane))
+}
+
+/// Lanes in the order in which workers serve them.
+pub const LANES: [Lane; 2] = [Lane::Interactive, Lane::Batch];
+
+/// `interactive` or `batch`.
+pub fn lane_name(lane: Lane) -> &'static str {
+    match lane {
+        Lane::Unspecified | Lane::Interactive => "interactive",
+        Lane::Batch => "batch",
+    }
+}
+
+/// Events of one job: encoded `efferent.v1.JobEvent`.
+pub fn job_events(job_id: &str) -> String {
+    format!("events.job.{job_id}")
+}
+
+/// Cancellation of one job; workers listen to [`ANY_CANCEL`]. The payload is empty.
+pub fn job_cancel(job_id: &str) -> String {
+    format!("events.cancel.{job_id}")
+}
+
+/// Cancellations of all jobs.
+pub const ANY_CANCEL: &str = "events.cancel.*";
+
+/// The job id in a cancellation's subject.
+pub fn cancelled_job(subject: &str) -> Option<&str> {
+    subject.strip_prefix("events.cancel.")
+}
+
+/// True for a name of a model, brain or hand: 1 to 64 of `a-z`, `0-9`, `-`, `_`, so that it can be part of a queue's name.
+pub fn is_name(text: &str) -> bool {
+    (1..=64).contains(&text.len()) && text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_'))
+}
+
+/// True for a job id: a ULID, 26 characters.
+pub fn is_job_id(text: &str) -> bool {
+    text.len() == 26 && ulid::Ulid::from_string(text).is_ok()
+}
+
+/// A new job id. Sorts by time of creation.
+pub fn new_job_id() -> String {
+    ulid::Ulid::new().to_string()
+}
+
+/// Key of an image's result in bucket `results`.
+pub fn result_key(job_id: &str, image_index: u32) -> String {
+    format!("{job_id}.{image_index}")
+}

@@ -1,0 +1,1 @@
+//! Brain worker: prompt to control signal.

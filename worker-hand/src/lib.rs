@@ -1,0 +1,1 @@
+//! Hand worker: control signal to image.
