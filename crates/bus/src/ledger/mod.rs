@@ -1,0 +1,181 @@
+//! Jobs, results, workers and models as typed records on top of a bus.
+//!
+//! [`transition`] is the pure part: what may follow what in a job's life. This file does the reading, comparing and swapping.
+
+pub mod transition;
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use efferent_proto::{
+    internal::{DeadLetter, IdempotencyRecord, JobRecord, ResultRecord},
+    names,
+    v1::{Image, Model, Worker},
+};
+use prost::Message;
+
+use crate::{Bucket, Error, Result, SharedBus};
+
+pub use transition::{Transition, is_final};
+
+/// How long jobs, results, images and idempotency keys are kept after their last change, unless configured otherwise.
+pub const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How often a compare-and-swap is tried before the store is called unavailable. Only the few processes that work on one job compete.
+const MAX_SWAPS: u32 = 64;
+
+/// The records of the cluster.
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    bus: SharedBus,
+    retention: Duration,
+}
+
+/// What became of a transition.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    /// The record as it is now, after the change.
+    Changed(Box<JobRecord>),
+    /// The record as it is; the transition adds nothing to it or may not follow.
+    Unchanged(Box<JobRecord>),
+    /// There is no such job.
+    Unknown,
+}
+
+impl Outcome {
+    /// The record as it is now.
+    pub fn record(&self) -> Option<&JobRecord> {
+        match self {
+            Self::Changed(record) | Self::Unchanged(record) => Some(record),
+            Self::Unknown => None,
+        }
+    }
+}
+
+impl Ledger {
+    /// The records on this bus.
+    pub fn new(bus: SharedBus, retention: Duration) -> Self {
+        Self { bus, retention }
+    }
+
+    /// The bus below.
+    pub fn bus(&self) -> &SharedBus {
+        &self.bus
+    }
+
+    /// How long records are kept.
+    pub fn retention(&self) -> Duration {
+        self.retention
+    }
+
+    /// Stores a new job. False if there is one of this id.
+    pub async fn create_job(&self, record: &JobRecord) -> Result<bool> {
+        let id = job_id(record);
+        Ok(self.bus.create(Bucket::Jobs, id, encode(record), Some(self.retention)).await?.is_some())
+    }
+
+    /// A job.
+    pub async fn job(&self, job_id: &str) -> Result<Option<JobRecord>> {
+        self.bus.get(Bucket::Jobs, job_id).await?.map(|entry| decode(&entry.value, "job", job_id)).transpose()
+    }
+
+    /// Every job that is kept.
+    pub async fn jobs(&self) -> Result<Vec<JobRecord>> {
+        self.bus.list(Bucket::Jobs).await?.iter().map(|entry| decode(&entry.value, "job", &entry.key)).collect()
+    }
+
+    /// Applies a transition, however many others change the job at the same time, and tells the new events to whoever listens.
+    pub async fn apply(&self, job_id: &str, transition: &Transition) -> Result<Outcome> {
+        for _ in 0..MAX_SWAPS {
+            let Some(entry) = self.bus.get(Bucket::Jobs, job_id).await? else { return Ok(Outcome::Unknown) };
+            let mut record: JobRecord = decode(&entry.value, "job", job_id)?;
+            let before = record.log.len();
+            if !transition::apply(&mut record, transition, SystemTime::now()) {
+                return Ok(Outcome::Unchanged(Box::new(record)));
+            }
+            let value = encode(&record);
+            if self.bus.swap(Bucket::Jobs, job_id, value, entry.revision, Some(self.retention)).await?.is_none() {
+                continue;
+            }
+            for event in &record.log[before..] {
+                // At most once: a watcher that misses it reads it from the record.
+                let _ = self.bus.emit(&names::job_events(job_id), encode(event)).await;
+            }
+            return Ok(Outcome::Changed(Box::new(record)));
+        }
+        Err(Error::Unavailable { what: format!("job {job_id} changed {MAX_SWAPS} times while it was being changed"), source: None })
+    }
+
+    /// The recorded image of a job.
+    pub async fn result(&self, job_id: &str, image_index: u32) -> Result<Option<Image>> {
+        let key = names::result_key(job_id, image_index);
+        let Some(entry) = self.bus.get(Bucket::Results, &key).await? else { return Ok(None) };
+        Ok(decode::<ResultRecord>(&entry.value, "result", &key)?.image)
+    }
+
+    /// Records an image, unless one is recorded. Returns the image that stands: this one, or that of an earlier attempt.
+    pub async fn record_result(&self, job_id: &str, image: Image) -> Result<Image> {
+        let key = names::result_key(job_id, image.image_index);
+        let index = image.image_index;
+        let record = ResultRecord { image: Some(image) };
+        if self.bus.create(Bucket::Results, &key, encode(&record), Some(self.retention)).await?.is_some() {
+            return Ok(record.image.unwrap_or_default());
+        }
+        metrics::counter!("efferent_results_duplicate_total").increment(1);
+        self.result(job_id, index)
+            .await?
+            .ok_or_else(|| Error::Unavailable { what: format!("result {key} expired while it was being recorded"), source: None })
+    }
+
+    /// Ties an idempotency key to a job, unless it is tied. Returns the record that stands.
+    pub async fn claim_key(&self, key: &str, record: IdempotencyRecord) -> Result<IdempotencyRecord> {
+        // Keys are the caller's text; their hash is a valid name.
+        let name = blake3::hash(key.as_bytes()).to_hex();
+        if self.bus.create(Bucket::Idempotency, &name, encode(&record), Some(self.retention)).await?.is_some() {
+            return Ok(record);
+        }
+        let entry = self.bus.get(Bucket::Idempotency, &name).await?;
+        let entry = entry.ok_or_else(|| Error::Unavailable { what: "idempotency key expired just now".to_owned(), source: None })?;
+        decode(&entry.value, "idempotency key", &name)
+    }
+
+    /// Registers or renews a worker. It vanishes after `ttl` unless renewed.
+    pub async fn register_worker(&self, worker: &Worker, ttl: Duration) -> Result<()> {
+        self.bus.put(Bucket::Workers, &worker.id, encode(worker), Some(ttl)).await.map(drop)
+    }
+
+    /// Takes a worker off the list.
+    pub async fn remove_worker(&self, id: &str) -> Result<()> {
+        self.bus.delete(Bucket::Workers, id).await
+    }
+
+    /// Makes a model known for good.
+    pub async fn register_model(&self, model: &Model) -> Result<()> {
+        let value = encode(model);
+        if self.bus.get(Bucket::Models, &model.name).await?.is_some_and(|entry| entry.value == value) {
+            return Ok(());
+        }
+        self.bus.put(Bucket::Models, &model.name, value, None).await.map(drop)
+    }
+
+    /// Keeps a task that failed for good.
+    pub async fn bury(&self, letter: &DeadLetter) -> Result<()> {
+        let key = format!("{}.{}", letter.job_id, blake3::hash(&letter.task).to_hex());
+        self.bus.put(Bucket::Dead, &key, encode(letter), Some(self.retention)).await.map(drop)
+    }
+}
+
+/// A record's job id; empty if the record has no job.
+pub fn job_id(record: &JobRecord) -> &str {
+    record.job.as_ref().map_or("", |job| &job.job_id)
+}
+
+/// A message's bytes.
+pub fn encode(message: &impl Message) -> Bytes {
+    message.encode_to_vec().into()
+}
+
+/// A message from bytes that one of our processes wrote.
+pub fn decode<M: Message + Default>(bytes: &[u8], what: &str, key: &str) -> Result<M> {
+    M::decode(bytes).map_err(|source| Error::unavailable(format!("{what} {key} cannot be decoded"), source))
+}

@@ -1,0 +1,80 @@
+//! The port that operators and Prometheus ask: `/healthz`, `/readyz`, `/metrics`.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use efferent_bus::SharedBus;
+use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpListener;
+
+use crate::Shutdown;
+
+/// Whether a process takes work now: set by the process, read by `/readyz`.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    /// Says whether work is taken.
+    pub fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Release);
+    }
+
+    /// Whether work is taken.
+    pub fn get(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+#[derive(Clone)]
+struct Context {
+    readiness: Readiness,
+    bus: SharedBus,
+    metrics: PrometheusHandle,
+}
+
+/// Serves until `shutdown`.
+///
+/// # Errors
+/// If the listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    readiness: Readiness,
+    bus: SharedBus,
+    metrics: PrometheusHandle,
+    shutdown: Shutdown,
+) -> std::io::Result<()> {
+    let upkeep = metrics.clone();
+    let context = Context { readiness, bus, metrics };
+    let router = Router::new()
+        .route("/healthz", get(async || "ok\n"))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(async |State(context): State<Context>| context.metrics.render()))
+        .with_state(context);
+    let maintain = async {
+        loop {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            upkeep.run_upkeep();
+        }
+    };
+    tokio::select! {
+        result = axum::serve(listener, router).with_graceful_shutdown(shutdown.requested()) => result,
+        () = maintain => Ok(()),
+    }
+}
+
+async fn ready(State(context): State<Context>) -> (StatusCode, String) {
+    if !context.readiness.get() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "not ready: starting or stopping\n".to_owned());
+    }
+    match tokio::time::timeout(Duration::from_secs(2), context.bus.ping()).await {
+        Ok(Ok(())) => (StatusCode::OK, "ready\n".to_owned()),
+        Ok(Err(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {error}\n")),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "not ready: the queue does not answer\n".to_owned()),
+    }
+}

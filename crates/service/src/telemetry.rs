@@ -1,0 +1,88 @@
+//! Logs and metrics of a process.
+
+use std::sync::OnceLock;
+
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use serde::{Deserialize, Serialize};
+use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+/// How a process tells what it does.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Which log lines to write, in the form of `tracing`'s directives ("info", "efferent_hand=debug,warn"). Default "info".
+    pub filter: String,
+    /// Form of log lines. Default `text`.
+    pub format: Format,
+}
+
+/// Form of log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { filter: "info".to_owned(), format: Format::Text }
+    }
+}
+
+/// Why telemetry could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The filter is malformed.
+    #[error("log filter {filter:?} is malformed")]
+    Filter {
+        /// As given.
+        filter: String,
+        /// The cause.
+        #[source]
+        source: tracing_subscriber::filter::ParseError,
+    },
+    /// A logger or a metrics recorder is installed already.
+    #[error("telemetry is installed already: {0}")]
+    Installed(String),
+}
+
+/// Starts logs (to stderr) and metrics. Once a process.
+///
+/// # Errors
+/// If the filter is malformed or telemetry was started before.
+pub fn init(options: &Options) -> Result<PrometheusHandle, Error> {
+    let filter = EnvFilter::try_new(&options.filter).map_err(|source| Error::Filter { filter: options.filter.clone(), source })?;
+    let registry = tracing_subscriber::registry().with(filter);
+    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    match options.format {
+        Format::Text => registry.with(layer).try_init(),
+        Format::Json => registry.with(layer.json().flatten_event(true)).try_init(),
+    }
+    .map_err(|error| Error::Installed(error.to_string()))?;
+    metrics()
+}
+
+/// Starts metrics without logs; the same recorder each time.
+///
+/// # Errors
+/// If another library's recorder is installed.
+pub fn metrics() -> Result<PrometheusHandle, Error> {
+    static HANDLE: OnceLock<PrometheusHandle> = OnceLock::new();
+    if let Some(handle) = HANDLE.get() {
+        return Ok(handle.clone());
+    }
+    // From a no-op stage on a fast machine to a long render on a slow one.
+    let seconds: Vec<f64> = (-12..=8).map(|exponent| 2f64.powi(exponent)).collect();
+    let handle = PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &seconds)
+        .and_then(|builder| {
+            builder.set_buckets_for_metric(Matcher::Suffix("_batch_size".to_owned()), &[1., 2., 4., 8., 16., 32., 64.])
+        })
+        .and_then(PrometheusBuilder::install_recorder)
+        .map_err(|error| Error::Installed(error.to_string()))?;
+    Ok(HANDLE.get_or_init(|| handle).clone())
+}

@@ -1,0 +1,80 @@
+//! Trace context that travels through queue messages, in the W3C form (`traceparent`), so that the log lines of coordinator, brain
+//! and hand about one request carry one trace id, and so do those of a caller that sends its own.
+
+use std::{
+    collections::BTreeMap,
+    hash::{BuildHasher as _, RandomState},
+};
+
+/// Name of the header.
+pub const HEADER: &str = "traceparent";
+
+/// Where a piece of work belongs: a trace, and the span that caused it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Context {
+    /// 32 hex digits.
+    pub trace_id: String,
+    /// 16 hex digits.
+    pub span_id: String,
+    /// 2 hex digits.
+    flags: String,
+}
+
+impl Context {
+    /// A new trace.
+    pub fn root() -> Self {
+        Self { trace_id: format!("{:016x}{:016x}", random(), random()), span_id: format!("{:016x}", random()), flags: "01".to_owned() }
+    }
+
+    /// Reads a header's value; `None` if it is not of version 00 or malformed.
+    pub fn parse(value: &str) -> Option<Self> {
+        let mut parts = value.trim().split('-');
+        let (version, trace_id, span_id, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let hex = |text: &str, length| text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let given = |text: &str| text.bytes().any(|b| b != b'0');
+        (version == "00" && parts.next().is_none() && hex(trace_id, 32) && hex(span_id, 16) && hex(flags, 2) && given(trace_id) && given(span_id))
+            .then(|| Self { trace_id: trace_id.to_owned(), span_id: span_id.to_owned(), flags: flags.to_owned() })
+    }
+
+    /// The context in a message's headers, or a new trace.
+    pub fn of(headers: &BTreeMap<String, String>) -> Self {
+        headers.get(HEADER).and_then(|value| Self::parse(value)).unwrap_or_else(Self::root)
+    }
+
+    /// A span of the same trace.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self { span_id: format!("{:016x}", random()), ..self.clone() }
+    }
+
+    /// A header's value.
+    pub fn value(&self) -> String {
+        format!("00-{}-{}-{}", self.trace_id, self.span_id, self.flags)
+    }
+
+    /// Headers that carry it.
+    pub fn headers(&self) -> BTreeMap<String, String> {
+        BTreeMap::from([(HEADER.to_owned(), self.value())])
+    }
+}
+
+/// Ids need to differ, not to be secret: the standard library's randomly keyed hasher is enough.
+fn random() -> u64 {
+    RandomState::new().hash_one(std::thread::current().id()).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn survives_a_message_and_refuses_nonsense() {
+        let context = Context::root();
+        assert_eq!(Context::of(&context.headers()), context);
+        assert_ne!(Context::root().trace_id, context.trace_id);
+        assert_eq!(context.child().trace_id, context.trace_id);
+        for bad in ["", "00", "00-0-0-0", "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", &context.value().replace('-', "_")] {
+            assert_eq!(Context::parse(bad), None, "{bad}");
+        }
+    }
+}
