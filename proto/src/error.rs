@@ -31,7 +31,13 @@ pub struct ApiError {
 impl ApiError {
     /// An error with the code's usual retry delay, without field and limit.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), field: String::new(), limit: String::new(), retry_after: default_retry(code) }
+        Self {
+            code,
+            message: message.into(),
+            field: String::new(),
+            limit: String::new(),
+            retry_after: default_retry(code),
+        }
     }
 
     /// Names the field at fault.
@@ -118,16 +124,16 @@ impl From<&Status> for ApiError {
     fn from(status: &Status) -> Self {
         let details = status.get_error_details();
         let info = details.error_info().filter(|info| info.domain == DOMAIN);
-        let code = info
-            .and_then(|info| ErrorCode::from_str_name(&format!("ERROR_CODE_{}", info.reason)))
-            .unwrap_or(match status.code() {
+        let code = info.and_then(|info| ErrorCode::from_str_name(&format!("ERROR_CODE_{}", info.reason))).unwrap_or(
+            match status.code() {
                 Code::InvalidArgument | Code::OutOfRange => ErrorCode::InvalidField,
                 Code::Unavailable => ErrorCode::BusUnavailable,
                 Code::Cancelled => ErrorCode::Cancelled,
                 Code::DeadlineExceeded => ErrorCode::Expired,
                 Code::ResourceExhausted => ErrorCode::TooManyRequests,
                 _ => ErrorCode::Internal,
-            });
+            },
+        );
         let metadata = |key: &str| info.and_then(|info| info.metadata.get(key).cloned()).unwrap_or_default();
         Self {
             code,

@@ -24,7 +24,10 @@ pub fn system_time(timestamp: &prost_types::Timestamp) -> SystemTime {
 
 /// Protobuf's form of a duration; durations beyond 10,000 years are cut there.
 pub fn proto_duration(duration: Duration) -> prost_types::Duration {
-    prost_types::Duration { seconds: duration.as_secs().min(315_576_000_000) as i64, nanos: duration.subsec_nanos() as i32 }
+    prost_types::Duration {
+        seconds: duration.as_secs().min(315_576_000_000) as i64,
+        nanos: duration.subsec_nanos() as i32,
+    }
 }
 
 /// A duration from its protobuf form; `None` if it is negative or malformed.

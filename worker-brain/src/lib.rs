@@ -1,1 +1,11 @@
-//! Brain worker: prompt to control signal.
+//! Brain worker: takes prompts from the queue, computes control signals, and hands them on to the hands' queue.
+//!
+//! Read in this order: [`service`] (the worker), [`batch`] (prompts to batches, cached signals), [`families`] (the models).
+//!
+//! Deliberately absent: pixels, and everything that a hand knows.
+
+pub mod batch;
+pub mod families;
+pub mod service;
+
+pub use service::{Error, Options, run};

@@ -277,7 +277,14 @@ pub trait Bus: Send + Sync + Debug {
     /// Stores a value if the key has none. `None` if it has one; else the revision. It vanishes after `ttl`.
     async fn create(&self, bucket: Bucket, key: &str, value: Bytes, ttl: Option<Duration>) -> Result<Option<u64>>;
     /// Stores a value if the key's revision is `revision`. `None` if it is not; else the new revision. `ttl` starts anew.
-    async fn swap(&self, bucket: Bucket, key: &str, value: Bytes, revision: u64, ttl: Option<Duration>) -> Result<Option<u64>>;
+    async fn swap(
+        &self,
+        bucket: Bucket,
+        key: &str,
+        value: Bytes,
+        revision: u64,
+        ttl: Option<Duration>,
+    ) -> Result<Option<u64>>;
     /// Stores a value whatever was there.
     async fn put(&self, bucket: Bucket, key: &str, value: Bytes, ttl: Option<Duration>) -> Result<u64>;
     /// Removes a value; fine if there is none.

@@ -1,1 +1,3 @@
+//! The `efferent` command (to come).
+
 fn main() {}

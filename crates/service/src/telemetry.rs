@@ -55,7 +55,8 @@ pub enum Error {
 /// # Errors
 /// If the filter is malformed or telemetry was started before.
 pub fn init(options: &Options) -> Result<PrometheusHandle, Error> {
-    let filter = EnvFilter::try_new(&options.filter).map_err(|source| Error::Filter { filter: options.filter.clone(), source })?;
+    let filter = EnvFilter::try_new(&options.filter)
+        .map_err(|source| Error::Filter { filter: options.filter.clone(), source })?;
     let registry = tracing_subscriber::registry().with(filter);
     let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     match options.format {

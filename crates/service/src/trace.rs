@@ -23,17 +23,28 @@ pub struct Context {
 impl Context {
     /// A new trace.
     pub fn root() -> Self {
-        Self { trace_id: format!("{:016x}{:016x}", random(), random()), span_id: format!("{:016x}", random()), flags: "01".to_owned() }
+        Self {
+            trace_id: format!("{:016x}{:016x}", random(), random()),
+            span_id: format!("{:016x}", random()),
+            flags: "01".to_owned(),
+        }
     }
 
     /// Reads a header's value; `None` if it is not of version 00 or malformed.
     pub fn parse(value: &str) -> Option<Self> {
         let mut parts = value.trim().split('-');
         let (version, trace_id, span_id, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
-        let hex = |text: &str, length| text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let hex =
+            |text: &str, length| text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         let given = |text: &str| text.bytes().any(|b| b != b'0');
-        (version == "00" && parts.next().is_none() && hex(trace_id, 32) && hex(span_id, 16) && hex(flags, 2) && given(trace_id) && given(span_id))
-            .then(|| Self { trace_id: trace_id.to_owned(), span_id: span_id.to_owned(), flags: flags.to_owned() })
+        (version == "00"
+            && parts.next().is_none()
+            && hex(trace_id, 32)
+            && hex(span_id, 16)
+            && hex(flags, 2)
+            && given(trace_id)
+            && given(span_id))
+        .then(|| Self { trace_id: trace_id.to_owned(), span_id: span_id.to_owned(), flags: flags.to_owned() })
     }
 
     /// The context in a message's headers, or a new trace.
@@ -73,7 +84,13 @@ mod tests {
         assert_eq!(Context::of(&context.headers()), context);
         assert_ne!(Context::root().trace_id, context.trace_id);
         assert_eq!(context.child().trace_id, context.trace_id);
-        for bad in ["", "00", "00-0-0-0", "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", &context.value().replace('-', "_")] {
+        for bad in [
+            "",
+            "00",
+            "00-0-0-0",
+            "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            &context.value().replace('-', "_"),
+        ] {
             assert_eq!(Context::parse(bad), None, "{bad}");
         }
     }

@@ -132,7 +132,11 @@ pub struct Sample {
 
 impl Debug for Sample {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sample").field("key", &self.key).field("step", &self.step).field("steps", &self.steps).finish_non_exhaustive()
+        f.debug_struct("Sample")
+            .field("key", &self.key)
+            .field("step", &self.step)
+            .field("steps", &self.steps)
+            .finish_non_exhaustive()
     }
 }
 

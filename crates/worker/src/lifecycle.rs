@@ -1,1 +1,151 @@
-//! (to come)
+//! A worker's membership of the cluster: registration, heartbeat, drain.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, SystemTime},
+};
+
+use efferent_bus::ledger::Ledger;
+use efferent_proto::{
+    names, time,
+    v1::{Model, Worker, WorkerRole, WorkerState},
+};
+use tokio::{sync::Notify, task::AbortHandle};
+
+/// How long a worker that is not heard of counts as alive.
+pub const TIME_TO_LIVE: Duration = Duration::from_secs(10);
+const HEARTBEAT: Duration = Duration::from_secs(3);
+
+/// What a worker says of itself when it joins.
+#[derive(Debug, Clone)]
+pub struct Profile {
+    /// What it does.
+    pub role: WorkerRole,
+    /// Models it serves a part of.
+    pub models: Vec<Model>,
+    /// Devices it computes on.
+    pub devices: Vec<String>,
+    /// Most tasks it takes at once.
+    pub capacity: u32,
+    /// Whether its engine only pretends.
+    pub simulated: bool,
+}
+
+/// A registered worker. Dropping it stops the heartbeat, so that it vanishes after [`TIME_TO_LIVE`]; [`Member::leave`] is quicker.
+#[derive(Debug)]
+pub struct Member {
+    id: String,
+    ledger: Ledger,
+    shared: Arc<Shared>,
+    heartbeat: AbortHandle,
+}
+
+#[derive(Debug)]
+struct Shared {
+    worker: Mutex<Worker>,
+    in_flight: AtomicU32,
+    changed: Notify,
+}
+
+impl Shared {
+    fn worker(&self) -> Worker {
+        let mut worker = self.worker.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        worker.in_flight = self.in_flight.load(Ordering::Relaxed);
+        worker
+    }
+}
+
+impl Member {
+    /// Registers a worker as ready, and its models as known.
+    ///
+    /// # Errors
+    /// If the bus is unavailable.
+    pub async fn join(ledger: Ledger, profile: Profile) -> efferent_bus::Result<Self> {
+        let id = names::new_job_id().to_lowercase();
+        let mut worker = Worker {
+            id: id.clone(),
+            models: profile.models,
+            devices: profile.devices,
+            capacity: profile.capacity,
+            simulated: profile.simulated,
+            host: host(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            started_at: Some(time::timestamp(SystemTime::now())),
+            ..Default::default()
+        };
+        worker.set_role(profile.role);
+        worker.set_state(WorkerState::Ready);
+        for model in &worker.models {
+            ledger.register_model(model).await?;
+        }
+        ledger.register_worker(&worker, TIME_TO_LIVE).await?;
+        let shared =
+            Arc::new(Shared { worker: Mutex::new(worker), in_flight: AtomicU32::new(0), changed: Notify::new() });
+        let heartbeat = tokio::spawn(beat(ledger.clone(), shared.clone())).abort_handle();
+        Ok(Self { id, ledger, shared, heartbeat })
+    }
+
+    /// Its id, unique for each start of a process.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Counts a task as held until the guard is dropped.
+    pub fn hold(&self) -> InFlight {
+        self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        InFlight(self.shared.clone())
+    }
+
+    /// Says that no more work is taken.
+    pub fn drain(&self) {
+        self.shared.worker.lock().unwrap_or_else(std::sync::PoisonError::into_inner).set_state(WorkerState::Draining);
+        self.shared.changed.notify_one();
+    }
+
+    /// Takes the worker off the list.
+    pub async fn leave(self) {
+        self.heartbeat.abort();
+        if let Err(error) = self.ledger.remove_worker(&self.id).await {
+            tracing::warn!(%error, "could not sign off; the registration runs out by itself");
+        }
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        self.heartbeat.abort();
+    }
+}
+
+/// A task that counts as held.
+#[derive(Debug)]
+pub struct InFlight(Arc<Shared>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn beat(ledger: Ledger, shared: Arc<Shared>) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(HEARTBEAT) => {}
+            () = shared.changed.notified() => {}
+        }
+        let worker = shared.worker();
+        metrics::gauge!("efferent_worker_in_flight").set(f64::from(worker.in_flight));
+        if let Err(error) = ledger.register_worker(&worker, TIME_TO_LIVE).await {
+            tracing::warn!(%error, "heartbeat failed");
+        }
+    }
+}
+
+fn host() -> String {
+    let named = std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).ok();
+    named.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".to_owned())
+}

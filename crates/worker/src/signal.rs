@@ -25,11 +25,17 @@ pub fn space_name(space: &ControlSpace) -> String {
 
 /// Refuses a signal that is of another space or schema, naming both.
 pub fn check_space(signal: &ControlSignal, accepted: &ControlSpace) -> Result<(), ApiError> {
-    let header = signal.header.as_ref().ok_or_else(|| ApiError::new(ErrorCode::SpaceMismatch, "the control signal has no header"))?;
+    let header = signal
+        .header
+        .as_ref()
+        .ok_or_else(|| ApiError::new(ErrorCode::SpaceMismatch, "the control signal has no header"))?;
     if header.schema_version != SCHEMA_VERSION {
         return Err(ApiError::new(
             ErrorCode::SpaceMismatch,
-            format!("the control signal has schema version {}, this hand reads {SCHEMA_VERSION}", header.schema_version),
+            format!(
+                "the control signal has schema version {}, this hand reads {SCHEMA_VERSION}",
+                header.schema_version
+            ),
         ));
     }
     let given = header.space.clone().unwrap_or_default();
@@ -37,9 +43,12 @@ pub fn check_space(signal: &ControlSignal, accepted: &ControlSpace) -> Result<()
         return Ok(());
     }
     let (given, accepted) = (space_name(&given), space_name(accepted));
-    Err(ApiError::new(ErrorCode::SpaceMismatch, format!("the control signal is of space {given}, this hand accepts {accepted}"))
-        .field("model")
-        .limit(accepted))
+    Err(ApiError::new(
+        ErrorCode::SpaceMismatch,
+        format!("the control signal is of space {given}, this hand accepts {accepted}"),
+    )
+    .field("model")
+    .limit(accepted))
 }
 
 /// A stream from a tensor of (tokens, width), any float type; kept as f32.
@@ -64,7 +73,9 @@ pub fn find(signal: &ControlSignal, role: StreamRole, branch: Branch) -> Option<
 
 /// The values of a stream as f32 (tokens, width). Refuses lengths that do not agree and values that are not finite.
 pub fn tensor(stream: &ControlStream, device: &Device) -> Result<Tensor, ApiError> {
-    let malformed = |what: String| ApiError::new(ErrorCode::InvalidField, format!("malformed control signal: {what}")).field("signal");
+    let malformed = |what: String| {
+        ApiError::new(ErrorCode::InvalidField, format!("malformed control signal: {what}")).field("signal")
+    };
     let (tokens, width) = (stream.tokens as usize, stream.width as usize);
     if stream.tokens == 0 || stream.tokens > MAX_TOKENS || stream.width == 0 || stream.width > MAX_TOKENS {
         return Err(malformed(format!("{tokens} x {width} values")));

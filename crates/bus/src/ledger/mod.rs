@@ -14,12 +14,34 @@ use efferent_proto::{
 };
 use prost::Message;
 
-use crate::{Bucket, Error, Result, SharedBus};
+use crate::{Bucket, Error, QueueSpec, Result, SharedBus};
 
 pub use transition::{Transition, is_final};
 
-/// How long jobs, results, images and idempotency keys are kept after their last change, unless configured otherwise.
-pub const DEFAULT_RETENTION: Duration = Duration::from_secs(7 * 24 * 3600);
+/// What every process of a cluster must agree on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    /// How long jobs, results, images and idempotency keys are kept after their last change. Default 7 days.
+    pub retention: Duration,
+    /// Most tasks that wait for a brain, for each brain and lane. Default 4096.
+    pub brain_queue: u64,
+    /// Most tasks that wait for a hand, for each hand and lane. Default 65,536: 16 images for each task of a brain, so that a brain
+    /// need not wait for room.
+    pub hand_queue: u64,
+    /// How long a task is leased to a worker that neither extends nor answers. Default 20 s.
+    pub lease: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            retention: Duration::from_secs(7 * 24 * 3600),
+            brain_queue: 4096,
+            hand_queue: 65_536,
+            lease: Duration::from_secs(20),
+        }
+    }
+}
 
 /// How often a compare-and-swap is tried before the store is called unavailable. Only the few processes that work on one job compete.
 const MAX_SWAPS: u32 = 64;
@@ -28,7 +50,7 @@ const MAX_SWAPS: u32 = 64;
 #[derive(Debug, Clone)]
 pub struct Ledger {
     bus: SharedBus,
-    retention: Duration,
+    options: Options,
 }
 
 /// What became of a transition.
@@ -54,8 +76,8 @@ impl Outcome {
 
 impl Ledger {
     /// The records on this bus.
-    pub fn new(bus: SharedBus, retention: Duration) -> Self {
-        Self { bus, retention }
+    pub fn new(bus: SharedBus, options: Options) -> Self {
+        Self { bus, options }
     }
 
     /// The bus below.
@@ -63,15 +85,28 @@ impl Ledger {
         &self.bus
     }
 
-    /// How long records are kept.
-    pub fn retention(&self) -> Duration {
-        self.retention
+    /// What the cluster agreed on.
+    pub fn options(&self) -> &Options {
+        &self.options
+    }
+
+    /// Makes the queues of a model's brain and hand, every lane.
+    pub async fn declare_queues(&self, model: &Model) -> Result<()> {
+        for lane in names::LANES {
+            for (name, capacity) in [
+                (names::brain_queue(&model.brain, lane), self.options.brain_queue),
+                (names::hand_queue(&model.hand, lane), self.options.hand_queue),
+            ] {
+                self.bus.declare(&QueueSpec { name, capacity, lease: self.options.lease }).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Stores a new job. False if there is one of this id.
     pub async fn create_job(&self, record: &JobRecord) -> Result<bool> {
         let id = job_id(record);
-        Ok(self.bus.create(Bucket::Jobs, id, encode(record), Some(self.retention)).await?.is_some())
+        Ok(self.bus.create(Bucket::Jobs, id, encode(record), Some(self.options.retention)).await?.is_some())
     }
 
     /// A job.
@@ -94,7 +129,8 @@ impl Ledger {
                 return Ok(Outcome::Unchanged(Box::new(record)));
             }
             let value = encode(&record);
-            if self.bus.swap(Bucket::Jobs, job_id, value, entry.revision, Some(self.retention)).await?.is_none() {
+            if self.bus.swap(Bucket::Jobs, job_id, value, entry.revision, Some(self.options.retention)).await?.is_none()
+            {
                 continue;
             }
             for event in &record.log[before..] {
@@ -103,7 +139,10 @@ impl Ledger {
             }
             return Ok(Outcome::Changed(Box::new(record)));
         }
-        Err(Error::Unavailable { what: format!("job {job_id} changed {MAX_SWAPS} times while it was being changed"), source: None })
+        Err(Error::Unavailable {
+            what: format!("job {job_id} changed {MAX_SWAPS} times while it was being changed"),
+            source: None,
+        })
     }
 
     /// The recorded image of a job.
@@ -118,24 +157,26 @@ impl Ledger {
         let key = names::result_key(job_id, image.image_index);
         let index = image.image_index;
         let record = ResultRecord { image: Some(image) };
-        if self.bus.create(Bucket::Results, &key, encode(&record), Some(self.retention)).await?.is_some() {
+        if self.bus.create(Bucket::Results, &key, encode(&record), Some(self.options.retention)).await?.is_some() {
             return Ok(record.image.unwrap_or_default());
         }
         metrics::counter!("efferent_results_duplicate_total").increment(1);
-        self.result(job_id, index)
-            .await?
-            .ok_or_else(|| Error::Unavailable { what: format!("result {key} expired while it was being recorded"), source: None })
+        self.result(job_id, index).await?.ok_or_else(|| Error::Unavailable {
+            what: format!("result {key} expired while it was being recorded"),
+            source: None,
+        })
     }
 
     /// Ties an idempotency key to a job, unless it is tied. Returns the record that stands.
     pub async fn claim_key(&self, key: &str, record: IdempotencyRecord) -> Result<IdempotencyRecord> {
         // Keys are the caller's text; their hash is a valid name.
         let name = blake3::hash(key.as_bytes()).to_hex();
-        if self.bus.create(Bucket::Idempotency, &name, encode(&record), Some(self.retention)).await?.is_some() {
+        if self.bus.create(Bucket::Idempotency, &name, encode(&record), Some(self.options.retention)).await?.is_some() {
             return Ok(record);
         }
         let entry = self.bus.get(Bucket::Idempotency, &name).await?;
-        let entry = entry.ok_or_else(|| Error::Unavailable { what: "idempotency key expired just now".to_owned(), source: None })?;
+        let entry = entry
+            .ok_or_else(|| Error::Unavailable { what: "idempotency key expired just now".to_owned(), source: None })?;
         decode(&entry.value, "idempotency key", &name)
     }
 
@@ -161,7 +202,7 @@ impl Ledger {
     /// Keeps a task that failed for good.
     pub async fn bury(&self, letter: &DeadLetter) -> Result<()> {
         let key = format!("{}.{}", letter.job_id, blake3::hash(&letter.task).to_hex());
-        self.bus.put(Bucket::Dead, &key, encode(letter), Some(self.retention)).await.map(drop)
+        self.bus.put(Bucket::Dead, &key, encode(letter), Some(self.options.retention)).await.map(drop)
     }
 }
 

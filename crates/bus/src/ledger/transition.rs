@@ -6,7 +6,8 @@ use efferent_proto::{
     internal::JobRecord,
     time,
     v1::{
-        Conditioning, Done, Error, Failed, GenerateRequest, Image, Job, JobEvent, JobState, Model, Queued, Rendering, job_event::Event,
+        Conditioning, Done, Error, Failed, GenerateRequest, Image, Job, JobEvent, JobState, Model, Queued, Rendering,
+        job_event::Event,
     },
 };
 
@@ -45,7 +46,13 @@ pub fn is_final(state: JobState) -> bool {
 }
 
 /// The record of a job that is being accepted. `request` has every default filled in.
-pub fn accepted(job_id: String, request: GenerateRequest, model: Model, now: SystemTime, expires_at: SystemTime) -> JobRecord {
+pub fn accepted(
+    job_id: String,
+    request: GenerateRequest,
+    model: Model,
+    now: SystemTime,
+    expires_at: SystemTime,
+) -> JobRecord {
     use efferent_proto::v1::Accepted;
     let job = Job {
         job_id,
@@ -56,7 +63,12 @@ pub fn accepted(job_id: String, request: GenerateRequest, model: Model, now: Sys
     };
     let mut record = JobRecord { job: Some(job), model: Some(model), log: Vec::new() };
     let expires_at = Some(time::timestamp(expires_at));
-    append(&mut record, JobState::Accepted, Event::Accepted(Accepted { request: Some(request), expires_at, existing: false }), now);
+    append(
+        &mut record,
+        JobState::Accepted,
+        Event::Accepted(Accepted { request: Some(request), expires_at, existing: false }),
+        now,
+    );
     record
 }
 
@@ -79,7 +91,12 @@ pub fn apply(record: &mut JobRecord, transition: &Transition, now: SystemTime) -
             if state != JobState::Accepted {
                 return false;
             }
-            append(record, JobState::Conditioning, Event::Conditioning(Conditioning { worker_id: worker_id.clone() }), now);
+            append(
+                record,
+                JobState::Conditioning,
+                Event::Conditioning(Conditioning { worker_id: worker_id.clone() }),
+                now,
+            );
         }
         Transition::Rendering { worker_id } => {
             if state == JobState::Rendering {
@@ -92,9 +109,14 @@ pub fn apply(record: &mut JobRecord, transition: &Transition, now: SystemTime) -
                 return false;
             }
             append(record, JobState::Rendering, Event::Image(image.clone()), now);
-            let wanted = record.job.as_ref().and_then(|job| job.request.as_ref()).map_or(1, |request| request.image_count().max(1));
+            let wanted = record
+                .job
+                .as_ref()
+                .and_then(|job| job.request.as_ref())
+                .map_or(1, |request| request.image_count().max(1));
             if images(record).count() as u64 >= u64::from(wanted) {
-                let started = record.job.as_ref().and_then(|job| job.created_at.as_ref()).map_or(now, time::system_time);
+                let started =
+                    record.job.as_ref().and_then(|job| job.created_at.as_ref()).map_or(now, time::system_time);
                 let total_time = Some(time::proto_duration(now.duration_since(started).unwrap_or_default()));
                 append(record, JobState::Succeeded, Event::Done(Done { image_count: wanted, total_time }), now);
             }
@@ -161,7 +183,8 @@ mod tests {
         let worker_id = String::new();
         let taken = Transition::Rendering { worker_id: worker_id.clone() };
         let late = Transition::Conditioning { worker_id };
-        let changed = run(&mut record, &[late.clone(), taken.clone(), taken, late, image(1), image(1), image(0), image(0)]);
+        let changed =
+            run(&mut record, &[late.clone(), taken.clone(), taken, late, image(1), image(1), image(0), image(0)]);
         assert_eq!(changed, [true, true, false, false, true, false, true, false]);
         let state = JobState::Cancelled;
         assert!(!apply(&mut record, &Transition::End { state, error: Error::default() }, SystemTime::now()));

@@ -1,0 +1,61 @@
+"""Muon for matrices, AdamW for the rest, a learning rate planned by the clock, and an average of weights."""
+import time
+
+import torch
+
+
+class Muon:
+    """Momentum, orthogonalised by Newton-Schulz iterations. For 2-d weights inside blocks."""
+
+    def __init__(self, parameters, lr, momentum=.95):
+        self.parameters, self.lr, self.momentum = list(parameters), lr, momentum
+        self.buffers = [torch.zeros(len(p), p[0].numel()) for p in self.parameters]
+
+    @torch.no_grad()
+    def step(self, factor):
+        for p, m in zip(self.parameters, self.buffers):
+            g = p.grad.reshape(len(p), -1)
+            m.lerp_(g, 1 - self.momentum)
+            u = g.lerp(m, self.momentum)
+            u = u / (u.norm() + 1e-7)
+            tall = u.shape[0] > u.shape[1]
+            u = u.T if tall else u
+            for _ in range(5):
+                a = u @ u.T
+                u = 3.4445 * u + (-4.7750 * a + 2.0315 * a @ a) @ u
+            u = u.T if tall else u
+            p.add_(u.reshape(p.shape), alpha=-self.lr * factor * max(1, u.shape[0] / u.shape[1]) ** .5)
+
+
+class Average:
+    """An exponential moving average of a module's weights."""
+
+    def __init__(self, module, decay):
+        self.module, self.decay = module, decay
+        self.weights = {k: v.detach().clone() for k, v in module.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for k, v in self.module.state_dict().items():
+            self.weights[k].lerp_(v, 1 - decay)
+
+
+class Clock:
+    """Progress through a budget of seconds, time before a restart included."""
+
+    def __init__(self, seconds, spent=0.0):
+        self.seconds, self.start = seconds, time.monotonic() - spent
+
+    @property
+    def spent(self):
+        return time.monotonic() - self.start
+
+    @property
+    def progress(self):
+        return min(self.spent / self.seconds, 1.0)
+
+
+def rate(progress, constant):
+    """1 up to `constant`, then linearly to 0."""
+    return 1.0 if progress < constant else max(0.0, (1 - progress) / (1 - constant))

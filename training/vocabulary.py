@@ -1,0 +1,93 @@
+"""The words of the pictures: objects, colours, relations, backgrounds, sizes, positions, and which wordings are kept for the evaluation."""
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object that can be drawn."""
+
+    icon: str
+    plural: str
+    names: tuple[str, ...]
+    descriptions: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+def _core(phrase: str) -> str:
+    return re.sub(r"^(a|an|the)\s+", "", phrase.lower())
+
+
+def load_things() -> list[Thing]:
+    """The objects of objects.txt. A held-out wording that is also a training wording is dropped."""
+    rows = [line for line in (Path(__file__).parent / "objects.txt").read_text().splitlines() if not line.startswith("#")]
+    split = lambda cell: tuple(part.strip() for part in cell.split(";") if part.strip())
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    trained = {_core(p) for c in cells for p in split(c[2]) + split(c[3])}
+    return [Thing(c[0], c[1], split(c[2]), split(c[3]), tuple(p for p in split(c[4]) if _core(p) not in trained)) for c in cells]
+
+
+THINGS = load_things()
+
+# name -> (RGB, words of training, words kept for the evaluation)
+COLORS = {
+    "red": ((222, 38, 38), ("red", "red", "scarlet", "bright red", "ruby", "cherry red"), ("crimson",)),
+    "orange": ((247, 138, 22), ("orange", "orange", "bright orange", "tangerine", "orange colored"), ("amber",)),
+    "yellow": ((250, 208, 30), ("yellow", "yellow", "bright yellow", "lemon yellow", "canary"), ("golden yellow",)),
+    "green": ((46, 158, 60), ("green", "green", "grass green", "dark green", "lime", "olive"), ("emerald",)),
+    "blue": ((38, 98, 226), ("blue", "blue", "bright blue", "navy", "sky blue", "cobalt"), ("azure",)),
+    "purple": ((132, 56, 196), ("purple", "purple", "violet", "lilac", "dark purple", "lavender"), ("mauve",)),
+    "pink": ((246, 122, 186), ("pink", "pink", "hot pink", "light pink", "magenta", "rosy"), ("fuchsia",)),
+    "brown": ((134, 82, 42), ("brown", "brown", "chocolate brown", "dark brown", "chestnut", "tan"), ("coffee colored",)),
+}
+COLOR_NAMES = list(COLORS)
+
+# Where A lies, seen from B: words of training, words kept.
+RELATIONS = {
+    "left": (("to the left of", "left of", "on the left of", "on the left side of", "at the left of"), ("to the left hand side of",)),
+    "right": (("to the right of", "right of", "on the right of", "on the right side of", "at the right of"), ("to the right hand side of",)),
+    "above": (("above", "over", "on top of", "higher than", "directly above"), ("up above",)),
+    "below": (("below", "under", "beneath", "lower than", "directly below"), ("underneath",)),
+}
+BESIDE = ("and", "and", "next to", "beside", "with", "near", "together with")
+
+# name -> (words of training, words kept). Plain ones are drawn in their colour, the others as a scene.
+PLAIN = {"white": (255, 255, 255), "gray": (190, 194, 200), "black": (24, 24, 28), "red": (238, 120, 116), "yellow": (255, 234, 140), "green": (156, 214, 152),
+         "blue": (152, 196, 246), "purple": (202, 168, 236), "pink": (252, 198, 222), "orange": (252, 196, 134)}
+SCENES = {
+    "grass": (("on the grass", "in a meadow", "in a green field", "on the lawn", "in the park"), ("in a pasture",)),
+    "beach": (("on the beach", "at the beach", "by the sea", "on a sandy beach", "at the seaside"), ("on the shore",)),
+    "night": (("at night", "in the night sky", "under the stars", "in space", "among the stars", "in the dark"), ("at midnight",)),
+    "water": (("in the ocean", "in the sea", "under water", "in the water", "in the deep blue sea"), ("in the lake",)),
+    "snow": (("in the snow", "on the snow", "in winter", "on the ice", "on a snowy day"), ("in a blizzard",)),
+    "sunset": (("at sunset", "at dusk", "in the evening", "in front of a sunset", "as the sun goes down"), ("at twilight",)),
+    "desert": (("in the desert", "in a sandy desert", "on a sand dune", "in the sahara", "on the dunes"), ("in a dry wasteland",)),
+}
+BACKGROUNDS = [f"plain {c}" for c in PLAIN] + list(SCENES)
+
+SIZES = {"small": ("small", "tiny", "little", "miniature"), "big": ("big", "large", "huge", "giant", "enormous")}
+SIZE_NAMES = ["normal", "small", "big"]
+
+POSITIONS = {  # name -> (column, row, words)
+    "top left": (0, 0, ("in the top left corner", "in the upper left corner", "at the top left")),
+    "top": (1, 0, ("at the top", "at the top of the picture", "in the upper part")),
+    "top right": (2, 0, ("in the top right corner", "in the upper right corner", "at the top right")),
+    "left": (0, 1, ("on the left side", "at the left edge", "on the left")),
+    "center": (1, 1, ("in the center", "in the middle")),
+    "right": (2, 1, ("on the right side", "at the right edge", "on the right")),
+    "bottom left": (0, 2, ("in the bottom left corner", "in the lower left corner", "at the bottom left")),
+    "bottom": (1, 2, ("at the bottom", "at the bottom of the picture", "in the lower part")),
+    "bottom right": (2, 2, ("in the bottom right corner", "in the lower right corner", "at the bottom right")),
+}
+POSITION_NAMES = list(POSITIONS)
+
+COUNTS = {2: ("two", "two", "2", "a pair of", "a couple of"), 3: ("three", "three", "3", "a trio of"), 4: ("four", "four", "4"), 5: ("five", "five", "5")}
+
+OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a photo of ", "a drawing of ", "draw ", "please draw ", "show me ", "paint ", "I want to see ",
+            "an illustration of ", "make a picture of ")
+HELD_OUT_OPENINGS = ("could you sketch ", "a painting of ", "render ")

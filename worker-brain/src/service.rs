@@ -1,0 +1,276 @@
+//! The brain worker: pulls tasks, encodes them in batches, publishes the hands' tasks.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use efferent_bus::{
+    Delivery, NewTask,
+    ledger::{Ledger, Transition, encode, transition},
+};
+use efferent_proto::{
+    internal::{BrainTask, HandTask, JobRecord, hand_task},
+    names,
+    v1::{Model, WorkerRole},
+};
+use efferent_service::{Shutdown, admin::Readiness};
+use efferent_worker::{
+    engine::{Brain, EmbedRequest, EngineError},
+    intake::Intake,
+    lifecycle::{Member, Profile},
+    signal::ControlSignal,
+    task::{self, Admission, Cancellations, Held},
+    thread::{EngineThread, Factory},
+};
+use futures::future::join_all;
+use prost::Message as _;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+
+use crate::batch::{Encoder, Outcome};
+
+/// Signals up to this many bytes travel in the task; larger ones wait in the object store.
+const MAX_INLINE: usize = 512 * 1024;
+/// One batch computes while the next one is pulled.
+const BATCHES: usize = 2;
+
+/// How a brain worker works.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Most prompts taken at once. Default 32.
+    pub max_prompts: usize,
+    /// How long to wait for more prompts when the batch before had several. Alone, a prompt never waits. Default 3 ms.
+    #[serde(with = "humantime_serde")]
+    pub batch_wait: Duration,
+    /// Bytes of control signals kept in memory. Default 64 MiB.
+    pub cache_bytes: u64,
+    /// How long a stop waits for work in hand. Default 30 s.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            max_prompts: 32,
+            batch_wait: Duration::from_millis(3),
+            cache_bytes: 64 * 1024 * 1024,
+            grace: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Why a brain worker ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model cannot be loaded.
+    #[error("cannot load the brain")]
+    Engine(#[from] EngineError),
+    /// The bus is unavailable or unfit.
+    #[error("cannot join the cluster")]
+    Bus(#[from] efferent_bus::Error),
+}
+
+#[derive(Debug)]
+struct Worker {
+    ledger: Ledger,
+    encoder: Encoder,
+    member: Member,
+    cancellations: Cancellations,
+}
+
+/// Serves until `shutdown`: loads the brain, registers, works, and at the end finishes what it has.
+///
+/// # Errors
+/// If the brain cannot be loaded or the bus is unavailable at the start.
+pub async fn run(
+    options: Options,
+    factory: Factory<dyn Brain>,
+    devices: Vec<String>,
+    ledger: Ledger,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) -> Result<(), Error> {
+    let engine = EngineThread::<dyn Brain>::start("brain", factory).await?;
+    let spec = engine.run(|brain| brain.spec().clone()).await?;
+    let model = spec.model.clone();
+    ledger.declare_queues(&model).await?;
+    let cancellations = Cancellations::listen(ledger.bus()).await?;
+    let encoder = Encoder::new(engine, options.cache_bytes).await?;
+    let profile = Profile {
+        role: WorkerRole::Brain,
+        models: vec![model.clone()],
+        devices,
+        capacity: (options.max_prompts * BATCHES) as u32,
+        simulated: spec.simulated,
+    };
+    let member = Member::join(ledger.clone(), profile).await?;
+    readiness.set(true);
+    tracing::info!(worker_id = member.id(), model = model.name, brain = model.brain, "brain is ready");
+    let worker = Arc::new(Worker { ledger: ledger.clone(), encoder, member, cancellations });
+    work(&options, &worker, &model, &shutdown).await;
+    if let Some(worker) = Arc::into_inner(worker) {
+        worker.member.leave().await;
+    }
+    Ok(())
+}
+
+async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
+    let lanes = names::LANES.iter().map(|lane| names::brain_queue(&model.brain, *lane)).collect();
+    let intake = Intake::new(worker.ledger.bus().clone(), lanes);
+    let tasks = TaskTracker::new();
+    let batches = Arc::new(Semaphore::new(BATCHES));
+    let mut busy = false;
+    while !shutdown.is_triggered() {
+        let permit = tokio::select! {
+            permit = batches.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
+            () = shutdown.requested() => break,
+        };
+        let mut deliveries = intake.next(options.max_prompts).await;
+        if deliveries.is_empty() {
+            busy = false;
+            continue;
+        }
+        if busy && deliveries.len() < options.max_prompts {
+            tokio::time::sleep(options.batch_wait).await;
+            deliveries.extend(intake.ready(options.max_prompts - deliveries.len()).await.unwrap_or_default());
+        }
+        busy = deliveries.len() > 1;
+        let worker = worker.clone();
+        tasks.spawn(async move {
+            worker.batch(deliveries).await;
+            drop(permit);
+        });
+    }
+    worker.member.drain();
+    tasks.close();
+    if tokio::time::timeout(options.grace, tasks.wait()).await.is_err() {
+        tracing::warn!("work was left in hand at the end of the grace period; it is delivered again");
+    }
+}
+
+struct Taken {
+    held: Box<Held>,
+    task: BrainTask,
+    record: Box<JobRecord>,
+}
+
+impl Worker {
+    async fn batch(&self, deliveries: Vec<Delivery>) {
+        let _in_flight: Vec<_> = deliveries.iter().map(|_| self.member.hold()).collect();
+        let taken: Vec<Taken> =
+            join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await.into_iter().flatten().collect();
+        let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
+        let outcomes = self.encoder.encode(requests).await;
+        join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
+    }
+
+    async fn admit(&self, delivery: Delivery) -> Option<Taken> {
+        let task = match BrainTask::decode(delivery.payload.clone()) {
+            Ok(task) => task,
+            Err(error) => {
+                tracing::error!(job_id = delivery.job, %error, "a task cannot be decoded; dropped");
+                let _ = delivery.lease.terminate("malformed").await;
+                return None;
+            }
+        };
+        let conditioning = Transition::Conditioning { worker_id: self.member.id().to_owned() };
+        let admission = task::admit(
+            &self.ledger,
+            self.member.id(),
+            &self.cancellations,
+            delivery,
+            task.expires_at_ms,
+            &conditioning,
+        )
+        .await;
+        match admission {
+            Ok(Admission::Go(held, record)) => Some(Taken { held, task, record }),
+            Ok(Admission::Dropped) => None,
+            Err(error) => {
+                tracing::warn!(job_id = task.job_id, %error, "cannot take a task on; it is delivered again");
+                None
+            }
+        }
+    }
+
+    /// Publishes the hand's tasks, then lets go of the brain's.
+    async fn hand_on(&self, taken: Taken, outcome: Outcome) {
+        let job_id = taken.task.job_id.clone();
+        let settled = match outcome {
+            _ if taken.held.is_unwanted() => taken.held.stopped(taken.task.expires_at_ms).await,
+            Err(error) => taken.held.failed(&error).await,
+            Ok(signal) => self.publish(taken, &signal).await,
+        };
+        if let Err(error) = settled {
+            tracing::warn!(job_id, %error, "cannot settle a task; it is delivered again");
+        }
+    }
+
+    async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
+        let Taken { held, task, record } = taken;
+        let started = Instant::now();
+        let signal = if signal.encoded_len() <= MAX_INLINE {
+            hand_task::Signal::Inline(signal.as_ref().clone())
+        } else {
+            let encoded = Bytes::from(signal.encode_to_vec());
+            hand_task::Signal::Stored(
+                self.ledger.bus().put_object(encoded, Some(self.ledger.options().retention)).await?,
+            )
+        };
+        let request = task.request.clone().unwrap_or_default();
+        let model = task.model.clone().unwrap_or_default();
+        let queue = names::hand_queue(&model.hand, request.lane());
+        let recorded: Vec<u32> = transition::images(&record).map(|image| image.image_index).collect();
+        let images = (0..request.image_count().max(1)).filter(|index| !recorded.contains(index));
+        let headers = held.trace().child().headers();
+        let published = join_all(images.map(|image_index| {
+            let hand_task = HandTask {
+                job_id: task.job_id.clone(),
+                image_index,
+                seed: request.seed().wrapping_add(u64::from(image_index)),
+                request: Some(request.clone()),
+                model: Some(model.clone()),
+                expires_at_ms: task.expires_at_ms,
+                signal: Some(signal.clone()),
+            };
+            let key = names::result_key(&task.job_id, image_index);
+            let new = NewTask { key, job: task.job_id.clone(), headers: headers.clone(), payload: encode(&hand_task) };
+            self.publish_when_room(&queue, new, &held)
+        }))
+        .await;
+        published.into_iter().collect::<efferent_bus::Result<Vec<()>>>()?;
+        metrics::histogram!("efferent_brain_publish_seconds").record(started.elapsed().as_secs_f64());
+        if held.is_unwanted() {
+            // Cancelled while publishing: the purge may have come before the tasks.
+            self.ledger.bus().purge(&queue, &task.job_id).await?;
+            return held.stopped(task.expires_at_ms).await;
+        }
+        held.done().await
+    }
+
+    /// Publishes, waiting for room in the queue for as long as the job is wanted.
+    async fn publish_when_room(&self, queue: &str, task: NewTask, held: &Held) -> efferent_bus::Result<()> {
+        loop {
+            match self.ledger.bus().publish(queue, task.clone()).await {
+                Err(efferent_bus::Error::Full { .. }) if !held.is_unwanted() => {
+                    tokio::time::sleep(Duration::from_millis(500)).await
+                }
+                Err(efferent_bus::Error::Full { .. }) => return Ok(()),
+                other => return other.map(drop),
+            }
+        }
+    }
+}
+
+fn embed_request(task: &BrainTask) -> EmbedRequest {
+    let request = task.request.as_ref();
+    EmbedRequest {
+        prompt: request.map(|r| r.prompt.clone()).unwrap_or_default(),
+        negative_prompt: request.map(|r| r.negative_prompt.clone()).unwrap_or_default(),
+    }
+}

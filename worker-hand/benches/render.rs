@@ -1,0 +1,3 @@
+//! Rendering speed (to come).
+
+fn main() {}
