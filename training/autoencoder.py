@@ -24,13 +24,19 @@ def pictures(rng, count):
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+ENCODER_ALONE = .2
+
+
 def train(folder, seconds, log, warm=None):
-    """Writes folder/autoencoder.pt. `warm`: weights to start from."""
+    """Writes folder/autoencoder.pt. `warm`: an exported pipeline to start from.
+
+    An export holds no encoder: one is fitted to the frozen decoder during the first ENCODER_ALONE of the time, so that latents stay near those the hand knows.
+    """
     torch.manual_seed(1)
     rng = random.Random(1)
     encoder, decoder = Encoder(), Decoder()
     if warm:
-        encoder.load_state_dict(warm["encoder"]), decoder.load_state_dict(warm["decoder"])
+        decoder.load_state_dict(warm["dec"])
     both = torch.nn.ModuleList([encoder, decoder])
     matrix = [p for n, p in both.named_parameters() if p.dim() == 4 and ".b" in n and p.shape[0] == p.shape[1]]
     rest = [p for p in both.parameters() if not any(p is m for m in matrix)]
@@ -39,8 +45,10 @@ def train(folder, seconds, log, warm=None):
     both.to(memory_format=torch.channels_last)
     while clock.progress < 1:
         factor = rate(clock.progress, .5) * min(1, (step + 1) / 20)
+        if warm:
+            decoder.requires_grad_(clock.progress > ENCODER_ALONE)
         for group in adam.param_groups:
-            group["lr"] = 3e-3 * factor
+            group["lr"] = (1e-3 if warm else 3e-3) * factor
         x = pictures(rng, 24).contiguous(memory_format=torch.channels_last)
         z = encoder(x)
         y = decoder(z + torch.randn_like(z) * torch.rand(len(z), 1, 1, 1) * .6)
@@ -50,7 +58,7 @@ def train(folder, seconds, log, warm=None):
         both.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        muon.step(factor), adam.step(), average.update(step)
+        muon.step(factor * (.5 if warm else 1)), adam.step(), average.update(step)
         step += 1
         if step % 50 == 0:
             log(f"autoencoder {clock.spent:.0f}s step {step} loss {loss.item():.4f} psnr {-10 * d.square().mean().div(4).log10().item():.1f} dB")

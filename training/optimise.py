@@ -14,6 +14,8 @@ class Muon:
     @torch.no_grad()
     def step(self, factor):
         for p, m in zip(self.parameters, self.buffers):
+            if p.grad is None:
+                continue
             g = p.grad.reshape(len(p), -1)
             m.lerp_(g, 1 - self.momentum)
             u = g.lerp(m, self.momentum)

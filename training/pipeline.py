@@ -101,7 +101,7 @@ def batch_states(data, index):
 
 
 def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
-    """Writes folder/pipeline.pt. Resumes from it if it is unfinished; `warm`: weights to start from."""
+    """Writes folder/pipeline.pt. Resumes from it if it is unfinished; `warm`: an exported pipeline to start from."""
     saved = torch.load(folder / "autoencoder.pt")
     encoder, decoder = Encoder(), Decoder()
     encoder.load_state_dict(saved["encoder"]), decoder.load_state_dict(saved["decoder"])
@@ -114,6 +114,7 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
     modules = nn.ModuleDict({"conn": connector, "hand": hand, "heads": heads})
     if warm:
         connector.load_state_dict(warm["conn"]), hand.load_state_dict(warm["hand"])
+    strength = .6 if warm else 1.0
     matrix = [p for n, p in modules.named_parameters() if p.dim() == 2 and ".b." in n]
     rest = [p for p in modules.parameters() if not any(p is m for m in matrix)]
     muon, adam = Muon(matrix, .02), torch.optim.AdamW(rest, lr=2e-3, betas=(.9, .97), weight_decay=0)
@@ -131,9 +132,9 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
                     "muon": muon.buffers, "mean": seen["mean"], "std": seen["std"], "config": config}, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
-    parse_until, total, saved_at = (60 if warm is None else 0), 0.0, clock.spent
+    parse_until, total, saved_at = 60 * strength, 0.0, clock.spent
     while clock.progress < 1:
-        factor = rate(clock.progress, .4) * min(1, (step + 1) / 15)
+        factor = rate(clock.progress, .4) * min(1, (step + 1) / 15) * strength
         for group in adam.param_groups:
             group["lr"] = 2e-3 * factor
         index = torch.tensor([rng.randrange(count) for _ in range(32)])

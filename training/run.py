@@ -7,9 +7,19 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from . import autoencoder, packages, pipeline
 from .language import Language
+
+
+def parts(path):
+    """The modules' weights in an exported pipeline, in f32, by name of the module."""
+    found = {}
+    for key, value in load_file(path).items():
+        module, rest = key.split(".", 1)
+        found.setdefault(module, {})[rest] = value.float()
+    return found
 
 
 def main():
@@ -18,6 +28,7 @@ def main():
     parser.add_argument("--autoencoder-minutes", type=float, default=12)
     parser.add_argument("--minutes", type=float, default=110, help="connector and hand")
     parser.add_argument("--captions", type=int, default=16000)
+    parser.add_argument("--warm", type=Path, help="an exported pipeline (safetensors) to start from, such as one for fewer objects")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -29,7 +40,7 @@ def main():
         print(line, flush=True)
         log_file.write(line + "\n")
 
-    warm = None
+    warm = parts(options.warm) if options.warm else None
     if not (options.folder / "autoencoder.pt").exists():
         autoencoder.train(options.folder, options.autoencoder_minutes * 60, log, warm)
     pipeline.train(options.folder, Language(packages.gguf()), options.minutes * 60, options.captions, log, warm)

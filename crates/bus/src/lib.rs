@@ -87,6 +87,9 @@ pub const MAX_VALUE: usize = 512 * 1024;
 /// Most bytes of an object.
 pub const MAX_OBJECT: usize = 64 * 1024 * 1024;
 
+/// How long a queue remembers the keys of its tasks.
+pub const DUPLICATE_WINDOW: Duration = Duration::from_secs(600);
+
 /// How a queue behaves. The same name must always be declared with the same behaviour.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct QueueSpec {
@@ -265,7 +268,7 @@ pub trait Bus: Send + Sync + Debug {
     async fn publish(&self, queue: &str, task: NewTask) -> Result<Published>;
     /// Leases up to `max` tasks, oldest first; waits up to `wait` for the first. Empty after that time.
     async fn pull(&self, queue: &str, max: usize, wait: Duration) -> Result<Vec<Delivery>>;
-    /// Removes the waiting tasks of a job. Returns how many.
+    /// Removes the waiting tasks of a job. Returns how many. A backend may remove leased ones too: they are not delivered again.
     async fn purge(&self, queue: &str, job: &str) -> Result<u64>;
     /// What a queue holds.
     async fn depth(&self, queue: &str) -> Result<Depth>;
@@ -321,4 +324,46 @@ pub async fn read_object(bus: &dyn Bus, hash: &str) -> Result<Option<Bytes>> {
         Ok([only]) => only,
         Err(chunks) => chunks.concat().into(),
     }))
+}
+
+fn check_length(what: &str, length: usize, limit: usize) -> Result<()> {
+    if length <= limit {
+        return Ok(());
+    }
+    Err(Error::TooLarge { what: what.to_owned(), length: length as u64, limit: limit as u64 })
+}
+
+/// Refuses a queue's name that a backend could not spell.
+fn check_queue(name: &str) -> Result<()> {
+    let part =
+        |part: &str| !part.is_empty() && part.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-'));
+    match name.len() <= 200 && name.split('.').all(part) {
+        true => Ok(()),
+        false => Err(Error::Usage(format!("{name:?} is not a queue's name"))),
+    }
+}
+
+/// Refuses a key that a backend could not spell.
+fn check_key(key: &str) -> Result<()> {
+    let part = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'=' | b'-'))
+    };
+    match key.len() <= 256 && key.split('.').all(part) {
+        true => Ok(()),
+        false => Err(Error::Usage(format!("{key:?} is not a key"))),
+    }
+}
+
+/// Whether a subject fits a pattern: `*` stands for one part, `>` for the rest.
+fn subject_matches(pattern: &str, subject: &str) -> bool {
+    let mut parts = subject.split('.');
+    for wanted in pattern.split('.') {
+        match (wanted, parts.next()) {
+            (">", Some(_)) => return true,
+            ("*", Some(_)) => {}
+            (wanted, Some(part)) if wanted == part => {}
+            _ => return false,
+        }
+    }
+    parts.next().is_none()
 }

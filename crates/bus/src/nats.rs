@@ -1,1 +1,743 @@
-//! (to come)
+//! The bus of a cluster: NATS JetStream.
+//!
+//! - A queue is a work-queue stream with one durable pull consumer; its bound is the stream's, so a full queue refuses the publish.
+//! - A bucket is a JetStream key-value bucket. Time-to-live is per message, so writes are made with the header themselves.
+//! - An object is a stream's messages, one a chunk, the first written last: where it is, all are. Again per-message time-to-live.
+//! - Events are plain NATS.
+//!
+//! Servers older than 2.12 ignore what they do not know instead of refusing it. So the version is checked, and so is every configuration
+//! that comes back.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    error::Error as _,
+    sync::{Arc, PoisonError, RwLock},
+    time::{Duration, SystemTime},
+};
+
+use async_nats::{
+    Client, ConnectOptions, HeaderMap,
+    jetstream::{
+        self, AckKind,
+        consumer::{self, AckPolicy, DeliverPolicy, PullConsumer},
+        context::{PublishError, PublishErrorKind},
+        kv::{self, Operation, Store},
+        message::{OutboundMessage, PublishMessage},
+        stream::{self, DiscardPolicy, RetentionPolicy, StorageType, Stream},
+    },
+};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
+use crate::{
+    Bucket, Bus, Change, DUPLICATE_WINDOW, Delivery, Depth, Entry, Error, Event, Lease, MAX_MESSAGE, MAX_OBJECT,
+    MAX_VALUE, NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue,
+};
+
+/// The oldest server that refuses what it does not know, counts pending tasks right after a purge, and has per-message time-to-live.
+const OLDEST_SERVER: (u32, u32) = (2, 12);
+/// How long a deleted or expired key leaves a mark, so that watchers hear of it.
+const MARKER: Duration = Duration::from_secs(60);
+const CHUNK: usize = 900 * 1024;
+/// Chunks on their way at once.
+const WINDOW: usize = 8;
+const CONSUMER: &str = "workers";
+const JOB: &str = "Efferent-Job";
+const CHUNKS: &str = "Efferent-Chunks";
+const HEADER_PREFIX: &str = "Efferent-Header-";
+
+/// How to reach NATS.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Servers, separated by commas. Default `nats://127.0.0.1:4222`.
+    pub url: String,
+    /// A file of credentials (`.creds`); empty for none.
+    pub credentials: String,
+    /// What names of streams, buckets and subjects start with: clusters with other prefixes share a server without meeting. Default `efferent`.
+    pub prefix: String,
+    /// Copies of every stream in a NATS cluster: 1, 3 or 5. Default 1.
+    pub replicas: usize,
+    /// How long a call waits for an answer. Default 5 s.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            url: "nats://127.0.0.1:4222".to_owned(),
+            credentials: String::new(),
+            prefix: "efferent".to_owned(),
+            replicas: 1,
+            timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+/// A bus on a NATS server or cluster.
+#[derive(Debug)]
+pub struct Nats {
+    client: Client,
+    context: jetstream::Context,
+    options: Options,
+    buckets: HashMap<Bucket, Store>,
+    objects: Stream,
+    queues: RwLock<HashMap<String, Queue>>,
+}
+
+#[derive(Debug, Clone)]
+struct Queue {
+    stream: Stream,
+    consumer: PullConsumer,
+    spec: QueueSpec,
+}
+
+fn fault<E: std::error::Error + Send + Sync + 'static>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
+    let what = what.into();
+    move |error| Error::unavailable(what, error)
+}
+
+impl Nats {
+    /// Connects, checks the server, and makes the buckets.
+    ///
+    /// # Errors
+    /// If the server cannot be reached, is too old, has no JetStream, or did not take a configuration.
+    pub async fn connect(options: Options) -> Result<Self> {
+        let mut connect = ConnectOptions::new().name("efferent").request_timeout(Some(options.timeout));
+        if !options.credentials.is_empty() {
+            connect = connect
+                .credentials_file(&options.credentials)
+                .await
+                .map_err(fault(format!("reading credentials {}", options.credentials)))?;
+        }
+        let servers: Vec<&str> = options.url.split(',').map(str::trim).collect();
+        let client = connect.connect(servers).await.map_err(fault(format!("connecting to NATS at {}", options.url)))?;
+        let info = client.server_info();
+        check_version(&info.version)?;
+        let context = jetstream::ContextBuilder::new().timeout(options.timeout).build(client.clone());
+        let mut buckets = HashMap::new();
+        for bucket in Bucket::ALL {
+            buckets.insert(bucket, make_bucket(&context, &options, bucket).await?);
+        }
+        let objects = make_stream(
+            &context,
+            stream::Config {
+                name: format!("{}-objects", options.prefix),
+                subjects: vec![format!("{}.object.>", options.prefix)],
+                retention: RetentionPolicy::Limits,
+                storage: StorageType::File,
+                num_replicas: options.replicas,
+                max_messages_per_subject: 1,
+                allow_direct: true,
+                allow_message_ttl: true,
+                ..Default::default()
+            },
+        )
+        .await?;
+        Ok(Self { client, context, options, buckets, objects, queues: RwLock::default() })
+    }
+
+    fn queue(&self, name: &str) -> Result<Queue> {
+        let queues = self.queues.read().unwrap_or_else(PoisonError::into_inner);
+        queues.get(name).cloned().ok_or_else(|| Error::Usage(format!("queue {name} was not declared")))
+    }
+
+    fn bucket(&self, bucket: Bucket) -> &Store {
+        &self.buckets[&bucket]
+    }
+
+    fn subject(&self, queue: &str, job: &str) -> String {
+        format!("{}.queue.{queue}.{job}", self.options.prefix)
+    }
+
+    async fn send(&self, message: OutboundMessage) -> std::result::Result<u64, PublishError> {
+        let publish = PublishMessage::build().payload(message.payload).headers(message.headers.unwrap_or_default());
+        Ok(self.context.send_publish(message.subject, publish).await?.await?.sequence)
+    }
+
+    /// Writes a value; with `revision` only if the key's is that (0 for none). `None` if it is not.
+    async fn write(
+        &self,
+        bucket: Bucket,
+        key: &str,
+        value: Bytes,
+        ttl: Option<Duration>,
+        revision: Option<u64>,
+    ) -> Result<Option<u64>> {
+        check_key(key)?;
+        check_length("value", value.len(), MAX_VALUE)?;
+        let mut publish = PublishMessage::build().payload(value);
+        if let Some(ttl) = ttl {
+            publish = publish.ttl(whole_seconds(ttl));
+        }
+        if let Some(revision) = revision {
+            publish = publish.expected_last_subject_sequence(revision);
+        }
+        let subject = format!("{}{key}", self.bucket(bucket).prefix);
+        match self.send(publish.outbound_message(subject)).await {
+            Ok(revision) => Ok(Some(revision)),
+            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Ok(None),
+            Err(error) => Err(Error::unavailable(format!("writing {}", bucket.name()), error)),
+        }
+    }
+
+    fn object_subject(&self, hash: &str, chunk: &str) -> String {
+        format!("{}.object.{hash}.{chunk}", self.options.prefix)
+    }
+}
+
+/// Time-to-live counts in seconds, from 1.
+fn whole_seconds(ttl: Duration) -> Duration {
+    Duration::from_secs(ttl.as_millis().div_ceil(1000).max(1).try_into().unwrap_or(u64::MAX))
+}
+
+fn check_version(version: &str) -> Result<()> {
+    let mut numbers = version.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if found >= OLDEST_SERVER {
+        return Ok(());
+    }
+    Err(Error::Unfit(format!(
+        "nats-server {version} is too old: {}.{} or later is needed (older ones silently ignore settings)",
+        OLDEST_SERVER.0, OLDEST_SERVER.1
+    )))
+}
+
+/// Makes or updates a stream, and compares what came back with what was asked.
+async fn make_stream(context: &jetstream::Context, config: stream::Config) -> Result<Stream> {
+    let name = config.name.clone();
+    let what = format!("making stream {name}");
+    let got = match context.create_or_update_stream(config.clone()).await {
+        Ok(info) => info.config,
+        Err(error)
+            if error.to_string().contains("insufficient resources")
+                || error.to_string().contains("JetStream not enabled") =>
+        {
+            return Err(Error::Unfit(format!("the NATS server cannot hold stream {name}: {error}")));
+        }
+        Err(error) => return Err(Error::unavailable(what, error)),
+    };
+    let differs = [
+        ("subjects", got.subjects != config.subjects),
+        ("retention", got.retention != config.retention),
+        ("storage", got.storage != config.storage),
+        ("replicas", got.num_replicas != config.num_replicas.max(1)),
+        ("discard", got.discard != config.discard),
+        ("max_msgs", config.max_messages > 0 && got.max_messages != config.max_messages),
+        (
+            "max_msgs_per_subject",
+            config.max_messages_per_subject > 0 && got.max_messages_per_subject != config.max_messages_per_subject,
+        ),
+        ("duplicate_window", !config.duplicate_window.is_zero() && got.duplicate_window != config.duplicate_window),
+        ("allow_msg_ttl", got.allow_message_ttl != config.allow_message_ttl),
+        ("allow_direct", config.allow_direct && !got.allow_direct),
+    ];
+    refuse_differences("stream", &name, &differs)?;
+    context.get_stream(&name).await.map_err(fault(what))
+}
+
+fn refuse_differences(kind: &str, name: &str, differs: &[(&str, bool)]) -> Result<()> {
+    let names: Vec<&str> = differs.iter().filter(|(_, differs)| *differs).map(|(name, _)| *name).collect();
+    if names.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Unfit(format!("{kind} {name}: the NATS server did not take these settings: {}", names.join(", "))))
+}
+
+async fn make_bucket(context: &jetstream::Context, options: &Options, bucket: Bucket) -> Result<Store> {
+    let name = format!("{}-{}", options.prefix, bucket.name());
+    let config = kv::Config {
+        bucket: name.clone(),
+        history: 1,
+        max_value_size: i32::try_from(MAX_VALUE + 4096).unwrap_or(i32::MAX),
+        storage: StorageType::File,
+        num_replicas: options.replicas,
+        limit_markers: Some(MARKER),
+        ..Default::default()
+    };
+    let store = context.create_or_update_key_value(config).await.map_err(fault(format!("making bucket {name}")))?;
+    let got = &store.stream.cached_info().config;
+    let differs = [
+        ("history", got.max_messages_per_subject != 1),
+        ("allow_msg_ttl", !got.allow_message_ttl),
+        ("subject_delete_marker_ttl", got.subject_delete_marker_ttl != Some(MARKER)),
+        ("replicas", got.num_replicas != options.replicas.max(1)),
+    ];
+    refuse_differences("bucket", &name, &differs)?;
+    Ok(store)
+}
+
+#[derive(Debug)]
+struct NatsLease {
+    message: jetstream::Message,
+    queue: String,
+    key: String,
+}
+
+impl NatsLease {
+    /// Answers, and waits until the server has taken the answer.
+    async fn answer(&self, kind: AckKind) -> Result<()> {
+        let what = || format!("answering task {} in {}", self.key, self.queue);
+        self.message
+            .double_ack_with(kind)
+            .await
+            .map_err(|source| Error::Unavailable { what: what(), source: Some(source) })
+    }
+}
+
+#[async_trait]
+impl Lease for NatsLease {
+    async fn extend(&self) -> Result<()> {
+        self.answer(AckKind::Progress).await
+    }
+
+    async fn ack(&self) -> Result<()> {
+        self.answer(AckKind::Ack).await
+    }
+
+    async fn nak(&self, delay: Duration) -> Result<()> {
+        self.answer(AckKind::Nak((!delay.is_zero()).then_some(delay))).await
+    }
+
+    async fn terminate(&self, reason: &str) -> Result<()> {
+        tracing::info!(queue = self.queue, key = self.key, reason, "task terminated");
+        self.answer(AckKind::Term).await
+    }
+}
+
+#[async_trait]
+impl Bus for Nats {
+    fn kind(&self) -> &'static str {
+        "nats"
+    }
+
+    async fn ping(&self) -> Result<()> {
+        self.context.query_account().await.map(drop).map_err(fault("asking JetStream"))
+    }
+
+    async fn declare(&self, spec: &QueueSpec) -> Result<()> {
+        check_queue(&spec.name)?;
+        let config = stream::Config {
+            name: format!("{}-queue-{}", self.options.prefix, spec.name.replace('.', "_")),
+            subjects: vec![self.subject(&spec.name, "*")],
+            retention: RetentionPolicy::WorkQueue,
+            storage: StorageType::File,
+            discard: DiscardPolicy::New,
+            max_messages: i64::try_from(spec.capacity).unwrap_or(i64::MAX),
+            num_replicas: self.options.replicas,
+            duplicate_window: DUPLICATE_WINDOW,
+            allow_direct: true,
+            ..Default::default()
+        };
+        let stream = make_stream(&self.context, config).await?;
+        let wanted = consumer::pull::Config {
+            durable_name: Some(CONSUMER.to_owned()),
+            ack_policy: AckPolicy::Explicit,
+            ack_wait: spec.lease,
+            deliver_policy: DeliverPolicy::All,
+            // How often to try is the worker's decision: it writes the dead letter, and then terminates.
+            max_deliver: -1,
+            // It counts over all workers: the default of 1000 would stall a large fleet.
+            max_ack_pending: i64::try_from(spec.capacity.max(1000)).unwrap_or(i64::MAX),
+            num_replicas: self.options.replicas,
+            ..Default::default()
+        };
+        let what = format!("making the consumer of queue {}", spec.name);
+        let consumer: PullConsumer = stream.create_consumer(wanted.clone()).await.map_err(fault(what))?;
+        let got = &consumer.cached_info().config;
+        let differs = [
+            ("ack_policy", got.ack_policy != wanted.ack_policy),
+            ("ack_wait", got.ack_wait != wanted.ack_wait),
+            ("deliver_policy", got.deliver_policy != wanted.deliver_policy),
+            ("max_deliver", got.max_deliver > 0),
+            ("max_ack_pending", got.max_ack_pending != wanted.max_ack_pending),
+        ];
+        refuse_differences("consumer of queue", &spec.name, &differs)?;
+        let queue = Queue { stream, consumer, spec: spec.clone() };
+        self.queues.write().unwrap_or_else(PoisonError::into_inner).insert(spec.name.clone(), queue);
+        Ok(())
+    }
+
+    async fn publish(&self, queue: &str, task: NewTask) -> Result<Published> {
+        check_length("task", task.payload.len(), MAX_MESSAGE)?;
+        check_key(&task.job)?;
+        let known = self.queue(queue)?;
+        let mut headers = HeaderMap::new();
+        headers.insert(JOB, task.job.as_str());
+        for (name, value) in &task.headers {
+            headers.insert(format!("{HEADER_PREFIX}{name}"), value.as_str());
+        }
+        let publish = PublishMessage::build().payload(task.payload).headers(headers).message_id(&task.key);
+        let sent = async { self.context.send_publish(self.subject(queue, &task.job), publish).await?.await };
+        match sent.await {
+            Ok(ack) if ack.duplicate => Ok(Published::Duplicate),
+            Ok(_) => Ok(Published::Stored),
+            Err(error) if is_full(&error) => {
+                Err(Error::Full { queue: queue.to_owned(), capacity: known.spec.capacity })
+            }
+            Err(error) => Err(Error::unavailable(format!("publishing to {queue}"), error)),
+        }
+    }
+
+    async fn pull(&self, queue: &str, max: usize, wait: Duration) -> Result<Vec<Delivery>> {
+        let known = self.queue(queue)?;
+        if max == 0 {
+            return Ok(Vec::new());
+        }
+        let what = || format!("pulling from {queue}");
+        let mut found = self.pull_waiting(&known, max).await?;
+        if found.is_empty() && !wait.is_zero() {
+            // A batch waits until it is full or its time is over: so wait for one task, then take what else there is.
+            let messages =
+                known.consumer.batch().max_messages(1).expires(wait).messages().await.map_err(fault(what()))?;
+            found = collect(messages, queue).await?;
+            if !found.is_empty() && max > 1 {
+                found.extend(self.pull_waiting(&known, max - 1).await.unwrap_or_default());
+            }
+        }
+        Ok(found)
+    }
+
+    async fn purge(&self, queue: &str, job: &str) -> Result<u64> {
+        let known = self.queue(queue)?;
+        let purged = known.stream.purge().filter(self.subject(queue, job)).await;
+        Ok(purged.map_err(fault(format!("purging {queue}")))?.purged)
+    }
+
+    async fn depth(&self, queue: &str) -> Result<Depth> {
+        let known = self.queue(queue)?;
+        let what = || format!("asking the depth of {queue}");
+        let stream = known.stream.get_info().await.map_err(fault(what()))?;
+        let consumer = known.consumer.get_info().await.map_err(fault(what()))?;
+        let (tasks, leased) = (stream.state.messages, consumer.num_ack_pending as u64);
+        let first: SystemTime = stream.state.first_timestamp.into();
+        let oldest_age = (tasks > 0).then(|| SystemTime::now().duration_since(first).unwrap_or_default());
+        Ok(Depth { ready: tasks.saturating_sub(leased), leased, oldest_age })
+    }
+
+    async fn get(&self, bucket: Bucket, key: &str) -> Result<Option<Entry>> {
+        check_key(key)?;
+        let entry = self.bucket(bucket).entry(key).await.map_err(fault(format!("reading {}", bucket.name())))?;
+        Ok(entry.filter(|entry| entry.operation == Operation::Put).map(|entry| Entry {
+            key: entry.key,
+            value: entry.value,
+            revision: entry.revision,
+        }))
+    }
+
+    async fn create(&self, bucket: Bucket, key: &str, value: Bytes, ttl: Option<Duration>) -> Result<Option<u64>> {
+        if let Some(revision) = self.write(bucket, key, value.clone(), ttl, Some(0)).await? {
+            return Ok(Some(revision));
+        }
+        // The mark of a deleted key is in the way: it may be written over.
+        let present = self.bucket(bucket).entry(key).await.map_err(fault(format!("reading {}", bucket.name())))?;
+        match present {
+            Some(entry) if entry.operation != Operation::Put => {
+                self.write(bucket, key, value, ttl, Some(entry.revision)).await
+            }
+            _ => Ok(None),
+        }
+    }
+
+    async fn swap(
+        &self,
+        bucket: Bucket,
+        key: &str,
+        value: Bytes,
+        revision: u64,
+        ttl: Option<Duration>,
+    ) -> Result<Option<u64>> {
+        self.write(bucket, key, value, ttl, Some(revision)).await
+    }
+
+    async fn put(&self, bucket: Bucket, key: &str, value: Bytes, ttl: Option<Duration>) -> Result<u64> {
+        let stored = self.write(bucket, key, value, ttl, None).await?;
+        stored.ok_or_else(|| Error::Usage("a put cannot be refused".to_owned()))
+    }
+
+    async fn delete(&self, bucket: Bucket, key: &str) -> Result<()> {
+        check_key(key)?;
+        let deleted = self.bucket(bucket).purge_with_ttl(key, MARKER).await;
+        deleted.map_err(fault(format!("deleting from {}", bucket.name())))
+    }
+
+    async fn list(&self, bucket: Bucket) -> Result<Vec<Entry>> {
+        let mut entries = snapshot(self.bucket(bucket)).await?;
+        entries.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(entries)
+    }
+
+    async fn watch(&self, bucket: Bucket) -> Result<BoxStream<'static, Change>> {
+        let (sender, receiver) = mpsc::channel(1024);
+        let store = self.bucket(bucket).clone();
+        // Once before returning, so that a store that does not answer is an error here.
+        let first = begin_watch(&store).await?;
+        tokio::spawn(watch(store, first, sender));
+        Ok(tokio_stream::wrappers::ReceiverStream::new(receiver).boxed())
+    }
+
+    async fn put_object(&self, bytes: Bytes, ttl: Option<Duration>) -> Result<String> {
+        check_length("object", bytes.len(), MAX_OBJECT)?;
+        let hash = blake3::hash(&bytes).to_hex().to_string();
+        let chunks = bytes.len().div_ceil(CHUNK).max(1);
+        let store = |index: usize| {
+            let chunk = bytes.slice((index * CHUNK).min(bytes.len())..((index + 1) * CHUNK).min(bytes.len()));
+            let mut publish = PublishMessage::build().payload(chunk).header(CHUNKS, chunks.to_string().as_str());
+            if let Some(ttl) = ttl {
+                publish = publish.ttl(whole_seconds(ttl));
+            }
+            let message = publish.outbound_message(self.object_subject(&hash, &index.to_string()));
+            async move { self.send(message).await.map(drop).map_err(fault("storing an object")) }
+        };
+        futures::stream::iter(1..chunks).map(store).buffer_unordered(WINDOW).try_collect::<()>().await?;
+        store(0).await?;
+        Ok(hash)
+    }
+
+    async fn get_object(&self, hash: &str) -> Result<Option<BoxStream<'static, Result<Bytes>>>> {
+        check_key(hash)?;
+        let Some((first, chunks)) = get_chunk(&self.objects, &self.object_subject(hash, "0")).await? else {
+            return Ok(None);
+        };
+        let (objects, name) = (self.objects.clone(), hash.to_owned());
+        let subjects: Vec<String> = (1..chunks).map(|index| self.object_subject(hash, &index.to_string())).collect();
+        let rest = futures::stream::iter(subjects).map(move |subject| {
+            let objects = objects.clone();
+            async move {
+                let missing = || Error::Unavailable { what: format!("{subject} is missing"), source: None };
+                get_chunk(&objects, &subject).await?.map(|(chunk, _)| chunk).ok_or_else(missing)
+            }
+        });
+        let all = futures::stream::once(std::future::ready(Ok(first))).chain(rest.buffered(WINDOW));
+        // Hash what passes; at the end compare.
+        let mut hasher = Some(blake3::Hasher::new());
+        let end = futures::stream::once(std::future::ready(Ok(Bytes::new())));
+        let mut left = chunks;
+        let checked = all.chain(end).filter_map(move |chunk: Result<Bytes>| {
+            let outcome = match (&mut hasher, chunk) {
+                (Some(hasher), Ok(chunk)) if left > 0 => {
+                    left -= 1;
+                    hasher.update(&chunk);
+                    Some(Ok(chunk))
+                }
+                (Some(hasher), Ok(_)) if hasher.finalize().to_hex().as_str() != name => {
+                    let what = format!("object {name} is damaged: its bytes have another hash");
+                    Some(Err(Error::Unavailable { what, source: None }))
+                }
+                (Some(_), Err(error)) => {
+                    hasher = None;
+                    Some(Err(error))
+                }
+                _ => None,
+            };
+            std::future::ready(outcome)
+        });
+        Ok(Some(checked.boxed()))
+    }
+
+    async fn delete_object(&self, hash: &str) -> Result<()> {
+        check_key(hash)?;
+        let purged = self.objects.purge().filter(self.object_subject(hash, "*")).await;
+        purged.map(drop).map_err(fault("deleting an object"))
+    }
+
+    async fn emit(&self, subject: &str, payload: Bytes) -> Result<()> {
+        check_length("event", payload.len(), MAX_MESSAGE)?;
+        let subject = format!("{}.{subject}", self.options.prefix);
+        self.client.publish(subject, payload).await.map_err(fault("sending an event"))
+    }
+
+    async fn subscribe(&self, pattern: &str) -> Result<BoxStream<'static, Event>> {
+        let full = format!("{}.{pattern}", self.options.prefix);
+        let subscriber = self.client.subscribe(full).await.map_err(fault("subscribing to events"))?;
+        // The server has it once it has answered what was sent after it.
+        self.client.flush().await.map_err(fault("subscribing to events"))?;
+        let cut = self.options.prefix.len() + 1;
+        let event = move |message: async_nats::Message| Event {
+            subject: message.subject.get(cut..).unwrap_or_default().to_owned(),
+            payload: message.payload,
+        };
+        Ok(subscriber.map(event).boxed())
+    }
+}
+
+impl Nats {
+    async fn pull_waiting(&self, queue: &Queue, max: usize) -> Result<Vec<Delivery>> {
+        let what = format!("pulling from {}", queue.spec.name);
+        let messages = queue.consumer.fetch().max_messages(max).messages().await.map_err(fault(what))?;
+        collect(messages, &queue.spec.name).await
+    }
+}
+
+/// What a pull brought. An error after some tasks came is left to the next pull: those that came are ours to do.
+async fn collect(
+    mut messages: impl futures::Stream<Item = std::result::Result<jetstream::Message, async_nats::Error>> + Unpin,
+    queue: &str,
+) -> Result<Vec<Delivery>> {
+    let mut found = Vec::new();
+    while let Some(message) = messages.next().await {
+        match message {
+            Ok(message) => found.extend(delivery(message, queue)),
+            Err(source) if found.is_empty() => {
+                return Err(Error::Unavailable { what: format!("pulling from {queue}"), source: Some(source) });
+            }
+            Err(_) => break,
+        }
+    }
+    Ok(found)
+}
+
+fn delivery(message: jetstream::Message, queue: &str) -> Option<Delivery> {
+    let info = message.info().ok()?;
+    let (attempt, published_at) = (u32::try_from(info.delivered).unwrap_or(u32::MAX), info.published.into());
+    let mut headers = BTreeMap::new();
+    let (mut key, mut job) = (String::new(), String::new());
+    for (name, values) in message.headers.iter().flat_map(HeaderMap::iter) {
+        let name: &str = name.as_ref();
+        let value = values.first().map(|value| value.as_str().to_owned()).unwrap_or_default();
+        if let Some(name) = name.strip_prefix(HEADER_PREFIX) {
+            headers.insert(name.to_owned(), value);
+        } else if name == JOB {
+            job = value;
+        } else if name == AsRef::<str>::as_ref(&async_nats::header::NATS_MESSAGE_ID) {
+            key = value;
+        }
+    }
+    let payload = message.payload.clone();
+    let lease = Box::new(NatsLease { message, queue: queue.to_owned(), key: key.clone() });
+    Some(Delivery { queue: queue.to_owned(), key, job, headers, payload, attempt, published_at, lease })
+}
+
+fn is_full(error: &PublishError) -> bool {
+    error.kind() == PublishErrorKind::Other
+        && error.source().is_some_and(|source| source.to_string().contains("maximum messages exceeded"))
+}
+
+async fn get_chunk(objects: &Stream, subject: &str) -> Result<Option<(Bytes, usize)>> {
+    use async_nats::jetstream::stream::DirectGetErrorKind;
+    match objects.direct_get_last_for_subject(subject).await {
+        Ok(message) => {
+            let chunks = message.headers.get(CHUNKS).and_then(|value| value.as_str().parse().ok()).unwrap_or(1);
+            Ok(Some((message.payload, chunks)))
+        }
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::unavailable("reading an object", error)),
+    }
+}
+
+/// Every value of a bucket.
+async fn snapshot(store: &Store) -> Result<Vec<Entry>> {
+    let what = || format!("listing {}", store.name);
+    let info = store.stream.get_info().await.map_err(fault(what()))?;
+    let mut latest = BTreeMap::new();
+    if info.state.messages == 0 {
+        return Ok(Vec::new());
+    }
+    let mut watch = store.watch_with_history(">").await.map_err(fault(what()))?;
+    // The last message may have expired since: then nobody says "that was all", and silence must do.
+    while let Ok(Some(entry)) = tokio::time::timeout(Duration::from_secs(1), watch.next()).await {
+        let entry = entry.map_err(fault(what()))?;
+        let last = entry.delta == 0;
+        match entry.operation {
+            Operation::Put => {
+                let value = Entry { key: entry.key.clone(), value: entry.value, revision: entry.revision };
+                latest.insert(entry.key, value);
+            }
+            Operation::Delete | Operation::Purge => drop(latest.remove(&entry.key)),
+        }
+        if last {
+            break;
+        }
+    }
+    Ok(latest.into_values().collect())
+}
+
+/// A snapshot, and a watch that misses nothing after it.
+async fn begin_watch(store: &Store) -> Result<(Vec<Entry>, kv::Watch)> {
+    let what = || format!("watching {}", store.name);
+    let info = store.stream.get_info().await.map_err(fault(what()))?;
+    let entries = snapshot(store).await?;
+    let watch = store.watch_all_from_revision(info.state.last_sequence + 1).await.map_err(fault(what()))?;
+    Ok((entries, watch))
+}
+
+/// Tells what there is and every change; starts anew, telling the difference, when the connection was lost.
+async fn watch(store: Store, first: (Vec<Entry>, kv::Watch), sender: mpsc::Sender<Change>) {
+    let mut known: HashSet<String> = HashSet::new();
+    let mut begun = Some(first);
+    let mut told = false;
+    loop {
+        let (entries, mut changes) = match begun.take() {
+            Some(begun) => begun,
+            None => match begin_watch(&store).await {
+                Ok(begun) => begun,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot watch; trying again");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    if sender.is_closed() {
+                        return;
+                    }
+                    continue;
+                }
+            },
+        };
+        let present: HashSet<String> = entries.iter().map(|entry| entry.key.clone()).collect();
+        let gone: Vec<Change> = known.difference(&present).map(|key| Change::Gone { key: key.clone() }).collect();
+        let mut told_now: Vec<Change> = entries.into_iter().map(Change::Put).chain(gone).collect();
+        if !told {
+            told_now.push(Change::Current);
+            told = true;
+        }
+        for change in told_now {
+            if sender.send(change).await.is_err() {
+                return;
+            }
+        }
+        known = present;
+        loop {
+            let entry = tokio::select! {
+                entry = changes.next() => entry,
+                () = sender.closed() => return,
+            };
+            let Some(Ok(entry)) = entry else {
+                if let Some(Err(error)) = entry {
+                    tracing::warn!(%error, bucket = store.name, "a watch broke off; starting it anew");
+                }
+                break;
+            };
+            let change = if entry.operation == Operation::Put {
+                known.insert(entry.key.clone());
+                Change::Put(Entry { key: entry.key, value: entry.value, revision: entry.revision })
+            } else {
+                known.remove(&entry.key);
+                Change::Gone { key: entry.key }
+            };
+            if sender.send(change).await.is_err() {
+                return;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// A shared bus on NATS that waits for its server: tries again until it is there or `patience` is over. A server that is unfit is not waited for.
+///
+/// # Errors
+/// The last failure.
+pub async fn connect_patiently(options: Options, patience: Duration) -> Result<Arc<Nats>> {
+    let until = tokio::time::Instant::now() + patience;
+    loop {
+        match Nats::connect(options.clone()).await {
+            Ok(nats) => return Ok(Arc::new(nats)),
+            Err(error @ Error::Unavailable { .. }) if tokio::time::Instant::now() < until => {
+                tracing::warn!(%error, url = options.url, "NATS is not there yet");
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}

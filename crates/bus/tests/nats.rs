@@ -1,0 +1,149 @@
+//! The contract on JetStream, and what is left of it after a kill -9 of the server.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use efferent_bus::{
+    Bucket, Bus, Error, SharedBus, contract,
+    nats::{Nats, Options, connect_patiently},
+    read_object,
+};
+
+/// A server of its own on a free port, killed at the end.
+struct Server {
+    process: Child,
+    port: u16,
+    folder: PathBuf,
+}
+
+impl Server {
+    fn start(folder: &Path, port: Option<u16>) -> Self {
+        let free =
+            || std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
+        let port = port.unwrap_or_else(free);
+        let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tools/nats-server");
+        let program = if tool.exists() { tool } else { PathBuf::from("nats-server") };
+        // Every acknowledged write is on disk: what a single server should be run with.
+        let configuration = format!(
+            "listen: 127.0.0.1:{port}\njetstream {{ store_dir: {:?}, sync_interval: always }}\n",
+            folder.join("store")
+        );
+        let file = folder.join("nats.conf");
+        std::fs::write(&file, configuration).expect("writes");
+        let process = Command::new(&program)
+            .arg("-c")
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| panic!("cannot start {}: {error} (`make tools` fetches it)", program.display()));
+        Self { process, port, folder: folder.to_owned() }
+    }
+
+    async fn connect(&self, prefix: &str) -> Arc<Nats> {
+        let url = format!("nats://127.0.0.1:{}", self.port);
+        let options = Options { url, prefix: prefix.to_owned(), ..Options::default() };
+        connect_patiently(options, Duration::from_secs(20)).await.expect("connects")
+    }
+
+    fn kill(&mut self) {
+        self.process.kill().expect("SIGKILL");
+        self.process.wait().expect("ends");
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn contract() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let server = Server::start(folder.path(), None);
+    let bus: SharedBus = server.connect("contract").await;
+    contract::all(&bus).await;
+}
+
+#[tokio::test]
+async fn a_server_that_is_not_there_is_an_error_in_time() {
+    let options = Options { url: "nats://127.0.0.1:9".to_owned(), ..Options::default() };
+    assert!(matches!(Nats::connect(options).await, Err(Error::Unavailable { .. })));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_accepted_is_lost_when_the_server_is_killed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut server = Server::start(folder.path(), None);
+    let bus = server.connect("crash").await;
+    let queue = contract::queue(bus.as_ref(), "crash", 100_000).await;
+    let hash = bus.put_object(Bytes::from(vec![7; 3_000_000]), None).await.expect("stores");
+    let leased = {
+        bus.publish(&queue, contract::task("leased", "job")).await.expect("publishes");
+        bus.pull(&queue, 1, Duration::from_secs(5)).await.expect("pulls")
+    };
+    // Publish on and on; a kill and a restart come in between.
+    let publisher = {
+        let (bus, queue) = (bus.clone(), queue.clone());
+        tokio::spawn(async move {
+            let mut accepted = Vec::new();
+            let mut failures = 0;
+            let mut number = 0;
+            let mut after = 0;
+            while after < 50 {
+                let key = format!("k{number}");
+                let stored = bus.publish(&queue, contract::task(&key, "job")).await;
+                let noted = match stored {
+                    Ok(_) => bus.put(Bucket::Jobs, &key, Bytes::from_static(b"x"), None).await,
+                    Err(error) => Err(error),
+                };
+                match noted {
+                    Ok(_) => {
+                        accepted.push(key);
+                        number += 1;
+                        after += u32::from(failures > 0);
+                    }
+                    // The same key again: it may have been stored.
+                    Err(Error::Unavailable { .. }) => failures += 1,
+                    Err(other) => panic!("{other:?}"),
+                }
+            }
+            (accepted, failures)
+        })
+    };
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    server.kill();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let (port, folder) = (server.port, server.folder.clone());
+    drop(server);
+    let _server = Server::start(&folder, Some(port));
+    let (accepted, failures) =
+        tokio::time::timeout(Duration::from_secs(60), publisher).await.expect("in time").expect("no panic");
+    assert!(failures > 0, "the kill came in between");
+    for key in &accepted {
+        assert!(bus.get(Bucket::Jobs, key).await.expect("reads").is_some(), "value {key} is lost");
+    }
+    assert_eq!(read_object(bus.as_ref(), &hash).await.expect("reads").expect("is there").len(), 3_000_000);
+    drop(leased);
+    let mut left = Vec::new();
+    let until = tokio::time::Instant::now() + Duration::from_secs(20);
+    while left.len() <= accepted.len() && tokio::time::Instant::now() < until {
+        for delivery in bus.pull(&queue, 100, Duration::from_secs(1)).await.unwrap_or_default() {
+            let _ = delivery.lease.ack().await;
+            left.push(delivery.key);
+        }
+    }
+    left.sort();
+    left.dedup();
+    let mut expected = accepted;
+    expected.push("leased".to_owned());
+    expected.sort();
+    assert_eq!(left, expected, "each task is there, leased ones too");
+}
