@@ -1,0 +1,181 @@
+//! Which models and workers there are, kept current by watching the bus.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+};
+
+use efferent_bus::{
+    Bucket, Change,
+    ledger::{self, Ledger},
+};
+use efferent_proto::{
+    ApiError,
+    v1::{ErrorCode, Model, Worker, WorkerRole, WorkerState},
+};
+use futures::StreamExt as _;
+use tokio::task::AbortHandle;
+
+/// The models and workers of the cluster. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Directory(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    ledger: Ledger,
+    state: Arc<RwLock<State>>,
+    declared: Mutex<HashSet<(String, String)>>,
+    watchers: [AbortHandle; 2],
+}
+
+#[derive(Debug, Default)]
+struct State {
+    models: BTreeMap<String, Model>,
+    workers: BTreeMap<String, Worker>,
+}
+
+impl State {
+    fn live(&self, model: &str, role: WorkerRole) -> u32 {
+        let serves = |worker: &&Worker| {
+            worker.role() == role
+                && worker.state() == WorkerState::Ready
+                && worker.models.iter().any(|served| served.name == model)
+        };
+        self.workers.values().filter(serves).count() as u32
+    }
+
+    fn is_served(&self, model: &str) -> bool {
+        self.live(model, WorkerRole::Brain) > 0 && self.live(model, WorkerRole::Hand) > 0
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.watchers.iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Directory {
+    /// Watches the bus. Returns once it knows what there is.
+    ///
+    /// # Errors
+    /// If the bus is unavailable.
+    pub async fn watch(ledger: Ledger) -> efferent_bus::Result<Self> {
+        let state = Arc::new(RwLock::new(State::default()));
+        let models = follow(&ledger, Bucket::Models, state.clone(), |state, key, value| {
+            match value.map(|value| ledger::decode::<Model>(value, "model", key)) {
+                Some(Ok(model)) => drop(state.models.insert(key.to_owned(), model)),
+                Some(Err(error)) => tracing::warn!(%error, "a model is left out"),
+                None => drop(state.models.remove(key)),
+            }
+        });
+        let models = models.await?;
+        let workers = follow(&ledger, Bucket::Workers, state.clone(), |state, key, value| {
+            match value.map(|value| ledger::decode::<Worker>(value, "worker", key)) {
+                Some(Ok(worker)) => drop(state.workers.insert(key.to_owned(), worker)),
+                Some(Err(error)) => tracing::warn!(%error, "a worker is left out"),
+                None => drop(state.workers.remove(key)),
+            }
+        });
+        let watchers = [models, workers.await?];
+        Ok(Self(Arc::new(Inner { ledger, state, declared: Mutex::default(), watchers })))
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
+        read(&self.0.state.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Every model, with its live workers counted.
+    pub fn models(&self) -> Vec<Model> {
+        self.read(|state| {
+            let counted = |model: &Model| Model {
+                live_brains: state.live(&model.name, WorkerRole::Brain),
+                live_hands: state.live(&model.name, WorkerRole::Hand),
+                ..model.clone()
+            };
+            state.models.values().map(counted).collect()
+        })
+    }
+
+    /// Every live worker.
+    pub fn workers(&self) -> Vec<Worker> {
+        self.read(|state| state.workers.values().cloned().collect())
+    }
+
+    /// The model of a request; an empty name stands for the only one that is served.
+    ///
+    /// # Errors
+    /// If it is unknown, not served now, or the empty name could mean several.
+    pub fn choose(&self, name: &str) -> Result<Model, ApiError> {
+        self.read(|state| {
+            let names = |served: bool| {
+                let names = state.models.keys().filter(|name| !served || state.is_served(name));
+                names.cloned().collect::<Vec<_>>()
+            };
+            if !name.is_empty() {
+                let model = state.models.get(name).ok_or_else(|| {
+                    let known = names(false).join(", ");
+                    ApiError::new(ErrorCode::UnknownModel, format!("no model {name:?}; known are: {known}"))
+                        .field("model")
+                        .limit(known)
+                })?;
+                let missing = match () {
+                    () if state.live(name, WorkerRole::Brain) == 0 => "brain",
+                    () if state.live(name, WorkerRole::Hand) == 0 => "hand",
+                    () => return Ok(model.clone()),
+                };
+                let message = format!("no live {missing} serves model {name} now");
+                return Err(ApiError::new(ErrorCode::NoWorker, message).field("model"));
+            }
+            let served = names(true);
+            match served.as_slice() {
+                [only] => Ok(state.models[only].clone()),
+                [] => Err(ApiError::new(ErrorCode::NoWorker, "no model has both a live brain and a live hand now")),
+                several => {
+                    let offer = several.join(", ");
+                    let message = format!("several models are served; name one of {offer}");
+                    Err(ApiError::new(ErrorCode::InvalidField, message).field("model").limit(offer))
+                }
+            }
+        })
+    }
+
+    /// Makes sure that the model's queues are there, asking the bus once.
+    ///
+    /// # Errors
+    /// If the bus is unavailable.
+    pub async fn declare(&self, model: &Model) -> efferent_bus::Result<()> {
+        let pair = (model.brain.clone(), model.hand.clone());
+        if self.0.declared.lock().unwrap_or_else(PoisonError::into_inner).contains(&pair) {
+            return Ok(());
+        }
+        self.0.ledger.declare_queues(model).await?;
+        self.0.declared.lock().unwrap_or_else(PoisonError::into_inner).insert(pair);
+        Ok(())
+    }
+}
+
+/// Applies what a bucket's watch tells, in a task of its own. Returns once the present state is applied.
+async fn follow(
+    ledger: &Ledger,
+    bucket: Bucket,
+    state: Arc<RwLock<State>>,
+    apply: impl Fn(&mut State, &str, Option<&[u8]>) + Send + 'static,
+) -> efferent_bus::Result<AbortHandle> {
+    let mut changes = ledger.bus().watch(bucket).await?;
+    let (current, wait) = tokio::sync::oneshot::channel();
+    let task = tokio::spawn(async move {
+        let mut current = Some(current);
+        while let Some(change) = changes.next().await {
+            let mut state = state.write().unwrap_or_else(PoisonError::into_inner);
+            match change {
+                Change::Put(entry) => apply(&mut state, &entry.key, Some(&entry.value)),
+                Change::Gone { key } => apply(&mut state, &key, None),
+                Change::Current => drop(current.take().map(|current| current.send(()))),
+            }
+        }
+        tracing::error!(bucket = bucket.name(), "a watch has ended");
+    });
+    let _ = wait.await;
+    Ok(task.abort_handle())
+}

@@ -1,0 +1,198 @@
+//! A job's events for one client: first those that are in the record, then those that happen.
+//!
+//! Events on the bus may get lost. Durable ones are numbered without gaps: if one is missing, or every now and then, the record is read
+//! and what is in it is told. So a client misses no durable event, whichever coordinator it asks.
+
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use efferent_bus::{
+    ledger::{self, Ledger, Transition, is_final, job_id},
+    read_object,
+};
+use efferent_proto::{
+    ApiError,
+    internal::JobRecord,
+    names, time,
+    v1::{Detached, ErrorCode, JobEvent, JobState, job_event::Event},
+};
+use efferent_service::Shutdown;
+use futures::StreamExt as _;
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tonic::Status;
+
+/// How often the record is read while nothing is heard.
+const GUARD: Duration = Duration::from_secs(1);
+/// Images up to this many bytes are put into events.
+const MAX_INLINE: u64 = 8 * 1024 * 1024;
+
+/// What a client wants to hear.
+#[derive(Debug, Clone, Copy)]
+pub struct Wish {
+    /// Events above this number.
+    pub after: u64,
+    /// With the bytes of images.
+    pub inline_images: bool,
+}
+
+/// Tells a job's events until it ends, the client goes away, or this process stops.
+pub async fn follow(
+    ledger: Ledger,
+    job: String,
+    wish: Wish,
+    client: mpsc::Sender<Result<JobEvent, Status>>,
+    shutdown: Shutdown,
+) {
+    let follower = Follower { ledger, job, last: wish.after, wish, client };
+    if let Err(Some(error)) = follower.run(shutdown).await {
+        tracing::warn!(%error.source, "a client's stream ends early");
+        let _ = error.client.send(Err(ApiError::new(ErrorCode::BusUnavailable, error.source.to_string()).into())).await;
+    }
+}
+
+struct Follower {
+    ledger: Ledger,
+    job: String,
+    last: u64,
+    wish: Wish,
+    client: mpsc::Sender<Result<JobEvent, Status>>,
+}
+
+struct Broken {
+    source: efferent_bus::Error,
+    client: mpsc::Sender<Result<JobEvent, Status>>,
+}
+
+impl Follower {
+    /// `Err(None)` if the client has gone.
+    async fn run(mut self, shutdown: Shutdown) -> Result<(), Option<Broken>> {
+        // Listen first, then read: what happens in between is in one or the other.
+        let mut events = match self.ledger.bus().subscribe(&names::job_events(&self.job)).await {
+            Ok(events) => events,
+            Err(source) => return Err(Some(Broken { source, client: self.client })),
+        };
+        let mut failures = 0;
+        let mut look = true;
+        loop {
+            if look {
+                match self.catch_up().await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => failures = 0,
+                    Err(Stop::Gone) => return Err(None),
+                    // The bus may come back; the client's patience is longer than a restart.
+                    Err(Stop::Bus(source)) if failures >= 30 => {
+                        return Err(Some(Broken { source, client: self.client }));
+                    }
+                    Err(Stop::Bus(_)) => failures += 1,
+                }
+            }
+            look = tokio::select! {
+                event = events.next() => match event {
+                    Some(event) => self.hear(&event.payload).await.map_err(|_| None)?,
+                    None => {
+                        tokio::time::sleep(GUARD).await;
+                        true
+                    }
+                },
+                () = tokio::time::sleep(GUARD) => true,
+                () = self.client.closed() => return Err(None),
+                () = shutdown.requested() => {
+                    let event = Event::Detached(Detached { after: self.last });
+                    let event = JobEvent { job_id: self.job, number: self.last, time: Some(time::timestamp(SystemTime::now())), event: Some(event) };
+                    let _ = self.client.send(Ok(event)).await;
+                    return Ok(());
+                }
+            };
+        }
+    }
+
+    /// Tells what the record has and the client has not. True if that was the end.
+    async fn catch_up(&mut self) -> Result<bool, Stop> {
+        let Some(record) = self.ledger.job(&self.job).await.map_err(Stop::Bus)? else {
+            let gone = ApiError::new(ErrorCode::UnknownJob, format!("job {} is no longer kept", self.job));
+            let _ = self.client.send(Err(gone.into())).await;
+            return Ok(true);
+        };
+        let record = expire(&self.ledger, record).await.map_err(Stop::Bus)?;
+        let ended = record.job.as_ref().is_some_and(|job| is_final(job.state()));
+        for event in record.log {
+            if event.number > self.last {
+                self.tell(event).await?;
+            }
+        }
+        Ok(ended)
+    }
+
+    /// Passes an event on. True if the record must be read: an event was missed, or this was the last.
+    async fn hear(&mut self, payload: &[u8]) -> Result<bool, Stop> {
+        let Ok(event) = JobEvent::decode(payload) else { return Ok(true) };
+        match &event.event {
+            Some(Event::Step(_) | Event::Preview(_)) => {
+                // Worth less than keeping up: a slow client misses some.
+                let _ = self.client.try_send(Ok(event));
+                Ok(false)
+            }
+            _ if event.number <= self.last => Ok(false),
+            Some(Event::Done(_) | Event::Failed(_)) => Ok(true),
+            _ if event.number == self.last + 1 => {
+                self.tell(event).await?;
+                Ok(false)
+            }
+            _ => Ok(true),
+        }
+    }
+
+    async fn tell(&mut self, mut event: JobEvent) -> Result<(), Stop> {
+        if self.wish.inline_images
+            && let Some(Event::Image(image)) = &mut event.event
+            && image.length <= MAX_INLINE
+        {
+            let bytes: Option<Bytes> = read_object(self.ledger.bus().as_ref(), &image.hash).await.map_err(Stop::Bus)?;
+            image.data = bytes.unwrap_or_default();
+        }
+        self.last = event.number;
+        self.client.send(Ok(event)).await.map_err(|_| Stop::Gone)
+    }
+}
+
+enum Stop {
+    /// The client has gone.
+    Gone,
+    /// The bus is unavailable.
+    Bus(efferent_bus::Error),
+}
+
+/// Ends a job whose deadline has passed. Nobody need be working on it for that: whoever looks at it does it.
+///
+/// # Errors
+/// If the bus is unavailable.
+pub async fn expire(ledger: &Ledger, record: JobRecord) -> efferent_bus::Result<JobRecord> {
+    let Some(job) = &record.job else { return Ok(record) };
+    let expires_at = job.expires_at.as_ref().map(time::system_time);
+    if is_final(job.state()) || expires_at.is_none_or(|at| SystemTime::now() < at) {
+        return Ok(record);
+    }
+    let error = ApiError::new(ErrorCode::Expired, "the deadline passed before every image was rendered");
+    let end = Transition::End { state: JobState::Expired, error: error.into() };
+    let outcome = ledger.apply(job_id(&record), &end).await?;
+    purge(ledger, &record).await;
+    Ok(outcome.record().cloned().unwrap_or(record))
+}
+
+/// Drops a job's waiting tasks and tells those who work on it to stop. Returns how many were dropped.
+pub async fn purge(ledger: &Ledger, record: &JobRecord) -> u64 {
+    let Some(model) = &record.model else { return 0 };
+    let lane =
+        record.job.as_ref().and_then(|job| job.request.as_ref()).map(|request| request.lane()).unwrap_or_default();
+    let mut purged = 0;
+    for queue in [names::brain_queue(&model.brain, lane), names::hand_queue(&model.hand, lane)] {
+        match ledger.bus().purge(&queue, job_id(record)).await {
+            Ok(count) => purged += count,
+            // What stays is dropped when it is pulled.
+            Err(error) => tracing::warn!(%error, queue, "cannot purge"),
+        }
+    }
+    let _ = ledger.bus().emit(&names::job_cancel(job_id(record)), ledger::encode(&())).await;
+    purged
+}

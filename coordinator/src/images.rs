@@ -1,0 +1,309 @@
+//! `ImageService`: from a request to a durable job, and what clients ask about jobs afterwards.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
+
+use bytes::{Bytes, BytesMut};
+use efferent_bus::{
+    Bucket, NewTask, Published,
+    ledger::{Ledger, Outcome, Transition, encode, is_final, job_id, transition},
+};
+use efferent_proto::{
+    ApiError,
+    internal::{BrainTask, IdempotencyRecord, JobRecord},
+    names, time,
+    v1::{
+        CancelJobRequest, CancelJobResponse, ErrorCode, GenerateRequest, GetImageRequest, GetJobRequest, Image,
+        ImageChunk, Job, JobEvent, JobState, WatchJobRequest, image_service_server::ImageService, job_event::Event,
+    },
+};
+use efferent_service::{Shutdown, trace};
+use futures::{StreamExt as _, stream::BoxStream};
+use prost::Message as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    directory::Directory,
+    follow::{self, Wish},
+    server::Options,
+    validate,
+};
+
+/// Bytes of an image in one message.
+const CHUNK: usize = 256 * 1024;
+/// Events that may wait for a slow client.
+const BACKLOG: usize = 64;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Images {
+    ledger: Ledger,
+    directory: Directory,
+    options: Options,
+    streams: Arc<Semaphore>,
+    shutdown: Shutdown,
+}
+
+fn unavailable(error: efferent_bus::Error) -> ApiError {
+    match error {
+        efferent_bus::Error::Full { .. } => ApiError::new(ErrorCode::QueueFull, error.to_string()),
+        error @ efferent_bus::Error::Usage(_) => ApiError::new(ErrorCode::Internal, error.to_string()),
+        error => ApiError::new(ErrorCode::BusUnavailable, error.to_string()),
+    }
+}
+
+/// Counts a call by its outcome.
+fn count<T>(method: &'static str, started: Instant, outcome: Result<T, ApiError>) -> Result<T, Status> {
+    let code = outcome.as_ref().map_or_else(ApiError::reason, |_| "OK");
+    metrics::counter!("efferent_requests_total", "method" => method, "code" => code).increment(1);
+    metrics::histogram!("efferent_request_seconds", "method" => method).record(started.elapsed().as_secs_f64());
+    outcome.map_err(Status::from)
+}
+
+type Events = BoxStream<'static, Result<JobEvent, Status>>;
+
+impl Images {
+    /// A service on these records.
+    pub fn new(ledger: Ledger, directory: Directory, options: Options, shutdown: Shutdown) -> Self {
+        let streams = Arc::new(Semaphore::new(options.max_streams));
+        Self { ledger, directory, options, streams, shutdown }
+    }
+
+    /// Streams that are open now.
+    pub fn open_streams(&self) -> u32 {
+        self.options.max_streams.saturating_sub(self.streams.available_permits()) as u32
+    }
+
+    fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        if self.shutdown.is_triggered() {
+            return Err(ApiError::new(ErrorCode::Stopping, "this coordinator is stopping; ask another one"));
+        }
+        self.streams.clone().try_acquire_owned().map_err(|_| {
+            let limit = self.options.max_streams;
+            ApiError::new(ErrorCode::TooManyRequests, format!("{limit} streams are open at this coordinator"))
+                .limit(limit.to_string())
+        })
+    }
+
+    /// Makes the job durable and its task with it, or finds the job that the idempotency key names.
+    async fn accept(&self, request: GenerateRequest, trace: &trace::Context) -> Result<(JobRecord, bool), ApiError> {
+        validate::syntax(&request)?;
+        let hash = Bytes::copy_from_slice(blake3::hash(&request.encode_to_vec()).as_bytes());
+        let key = request.idempotency_key.clone();
+        let mut id = names::new_job_id();
+        if !key.is_empty() {
+            let claim = IdempotencyRecord { job_id: id.clone(), request_hash: hash.clone().into() };
+            let standing = self.ledger.claim_key(&key, claim).await.map_err(unavailable)?;
+            if standing.request_hash != hash {
+                let message = format!("the idempotency key was used for another request, job {}", standing.job_id);
+                return Err(ApiError::new(ErrorCode::IdempotencyConflict, message).field("idempotency_key"));
+            }
+            id = standing.job_id;
+            if let Some(record) = self.ledger.job(&id).await.map_err(unavailable)? {
+                // Whoever created it may have died before it published the task.
+                if !record.log.iter().any(|event| matches!(event.event, Some(Event::Queued(_)))) {
+                    self.publish(&record, trace).await?;
+                }
+                return Ok((record, true));
+            }
+        }
+        let model = self.directory.choose(&request.model)?;
+        let request = validate::resolve(request, &model, self.options.default_deadline)?;
+        let now = SystemTime::now();
+        let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
+        let record = transition::accepted(id, request, model, now, now + deadline);
+        if !self.ledger.create_job(&record).await.map_err(unavailable)? {
+            // Another request with the same key was quicker.
+            let standing = self.ledger.job(job_id(&record)).await.map_err(unavailable)?;
+            return Ok((standing.unwrap_or(record), true));
+        }
+        match self.publish(&record, trace).await {
+            Ok(()) => Ok((record, false)),
+            Err(error) => {
+                // Refused, so it must not linger. (If this fails too, it expires.)
+                let _ = self.ledger.bus().delete(Bucket::Jobs, job_id(&record)).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn publish(&self, record: &JobRecord, trace: &trace::Context) -> Result<(), ApiError> {
+        let (Some(job), Some(model)) = (&record.job, &record.model) else {
+            return Err(ApiError::new(ErrorCode::Internal, "a job record is incomplete"));
+        };
+        self.directory.declare(model).await.map_err(unavailable)?;
+        let request = job.request.clone().unwrap_or_default();
+        let queue = names::brain_queue(&model.brain, request.lane());
+        let task = BrainTask {
+            job_id: job.job_id.clone(),
+            request: Some(request),
+            model: Some(model.clone()),
+            expires_at_ms: job.expires_at.as_ref().map_or(0, |at| time::unix_ms(time::system_time(at))),
+        };
+        let task = NewTask {
+            key: job.job_id.clone(),
+            job: job.job_id.clone(),
+            headers: trace.headers(),
+            payload: encode(&task),
+        };
+        let published = self.ledger.bus().publish(&queue, task).await.map_err(unavailable)?;
+        if published == Published::Stored {
+            tracing::info!(job_id = job.job_id, trace_id = trace.trace_id, queue, "accepted");
+            let (ledger, id) = (self.ledger.clone(), job.job_id.clone());
+            // Nobody waits for it: the job is durable already, and the depth is a courtesy.
+            tokio::spawn(async move {
+                let depth = ledger.bus().depth(&queue).await.map_or(0, |depth| depth.ready + depth.leased);
+                if let Err(error) = ledger.apply(&id, &Transition::Queued { depth }).await {
+                    tracing::warn!(job_id = id, %error, "cannot note that a job waits");
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn stream(&self, id: String, wish: Wish, permit: OwnedSemaphorePermit, existing: bool) -> Events {
+        let (sender, receiver) = mpsc::channel(BACKLOG);
+        let following = follow::follow(self.ledger.clone(), id, wish, sender, self.shutdown.clone());
+        tokio::spawn(async move {
+            following.await;
+            drop(permit);
+        });
+        let mark = move |event: Result<JobEvent, Status>| {
+            event.map(|mut event| {
+                if let Some(Event::Accepted(accepted)) = &mut event.event {
+                    accepted.existing = existing;
+                }
+                event
+            })
+        };
+        ReceiverStream::new(receiver).map(mark).boxed()
+    }
+
+    async fn known_job(&self, id: &str) -> Result<JobRecord, ApiError> {
+        let unknown = || ApiError::new(ErrorCode::UnknownJob, format!("no job {id:?} is known")).field("job_id");
+        if !names::is_job_id(id) {
+            return Err(unknown());
+        }
+        let record = self.ledger.job(id).await.map_err(unavailable)?.ok_or_else(unknown)?;
+        follow::expire(&self.ledger, record).await.map_err(unavailable)
+    }
+
+    async fn cancel(&self, id: &str) -> Result<CancelJobResponse, ApiError> {
+        self.known_job(id).await?;
+        let error = ApiError::new(ErrorCode::Cancelled, "cancelled by the caller").into();
+        let end = Transition::End { state: JobState::Cancelled, error };
+        let outcome = self.ledger.apply(id, &end).await.map_err(unavailable)?;
+        let changed = matches!(outcome, Outcome::Changed(_));
+        let record = outcome.record().cloned().unwrap_or_default();
+        let state = record.job.as_ref().map(Job::state).unwrap_or_default();
+        if state != JobState::Cancelled && is_final(state) {
+            let message = format!("job {id} has ended already: {}", state.as_str_name());
+            return Err(ApiError::new(ErrorCode::JobFinished, message).field("job_id"));
+        }
+        let purged = if changed { follow::purge(&self.ledger, &record).await } else { 0 };
+        Ok(CancelJobResponse { job: Some(transition::public_job(&record)), purged })
+    }
+
+    async fn image(
+        &self,
+        request: &GetImageRequest,
+    ) -> Result<(Image, BoxStream<'static, efferent_bus::Result<Bytes>>), ApiError> {
+        let GetImageRequest { job_id, image_index } = request;
+        self.known_job(job_id).await?;
+        let missing = |why: &str| {
+            let message = format!("image {image_index} of job {job_id} {why}");
+            ApiError::new(ErrorCode::UnknownImage, message).field("image_index")
+        };
+        let image = self.ledger.result(job_id, *image_index).await.map_err(unavailable)?;
+        let image = image.ok_or_else(|| missing("is not there (yet)"))?;
+        let bytes = self.ledger.bus().get_object(&image.hash).await.map_err(unavailable)?;
+        Ok((image, bytes.ok_or_else(|| missing("is no longer kept"))?))
+    }
+}
+
+#[tonic::async_trait]
+impl ImageService for Images {
+    type GenerateStream = Events;
+    type WatchJobStream = Events;
+    type GetImageStream = BoxStream<'static, Result<ImageChunk, Status>>;
+
+    async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Events>, Status> {
+        let started = Instant::now();
+        let trace = trace_of(&request);
+        let request = request.into_inner();
+        let inline_images = request.inline_images;
+        let outcome = async {
+            let permit = self.stream_permit()?;
+            let (record, existing) = self.accept(request, &trace).await?;
+            Ok(self.stream(job_id(&record).to_owned(), Wish { after: 0, inline_images }, permit, existing))
+        };
+        count("Generate", started, outcome.await).map(Response::new)
+    }
+
+    async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
+        let started = Instant::now();
+        let record = self.known_job(&request.into_inner().job_id).await;
+        count("GetJob", started, record).map(|record| Response::new(transition::public_job(&record)))
+    }
+
+    async fn watch_job(&self, request: Request<WatchJobRequest>) -> Result<Response<Events>, Status> {
+        let started = Instant::now();
+        let WatchJobRequest { job_id, after, inline_images } = request.into_inner();
+        let outcome = async {
+            let permit = self.stream_permit()?;
+            self.known_job(&job_id).await?;
+            Ok(self.stream(job_id, Wish { after, inline_images }, permit, false))
+        };
+        count("WatchJob", started, outcome.await).map(Response::new)
+    }
+
+    async fn cancel_job(&self, request: Request<CancelJobRequest>) -> Result<Response<CancelJobResponse>, Status> {
+        let started = Instant::now();
+        let outcome = self.cancel(&request.into_inner().job_id).await;
+        count("CancelJob", started, outcome).map(Response::new)
+    }
+
+    async fn get_image(&self, request: Request<GetImageRequest>) -> Result<Response<Self::GetImageStream>, Status> {
+        let started = Instant::now();
+        let outcome = self.image(&request.into_inner()).await;
+        count("GetImage", started, outcome).map(|(image, bytes)| Response::new(chunks(image, bytes)))
+    }
+}
+
+/// The bytes in messages of at most [`CHUNK`]; the first tells what they are.
+fn chunks(
+    image: Image,
+    bytes: BoxStream<'static, efferent_bus::Result<Bytes>>,
+) -> BoxStream<'static, Result<ImageChunk, Status>> {
+    let state = (Some(image), bytes, BytesMut::new(), false);
+    futures::stream::unfold(state, async |(mut image, mut bytes, mut held, mut ended)| {
+        while held.len() < CHUNK && !ended {
+            match bytes.next().await {
+                Some(Ok(more)) => held.extend_from_slice(&more),
+                Some(Err(error)) => {
+                    return Some((Err(unavailable(error).into()), (None, bytes, BytesMut::new(), true)));
+                }
+                None => ended = true,
+            }
+        }
+        if held.is_empty() && image.is_none() {
+            return None;
+        }
+        let data = held.split_to(held.len().min(CHUNK)).freeze();
+        let chunk = ImageChunk { image: image.take(), data };
+        Some((Ok(chunk), (image, bytes, held, ended)))
+    })
+    .boxed()
+}
+
+fn trace_of<T>(request: &Request<T>) -> trace::Context {
+    let given = request.metadata().get(trace::HEADER).and_then(|value| value.to_str().ok());
+    let headers: BTreeMap<String, String> =
+        given.map(|value| (trace::HEADER.to_owned(), value.to_owned())).into_iter().collect();
+    trace::Context::of(&headers).child()
+}

@@ -1,0 +1,135 @@
+//! How a coordinator starts and stops.
+
+use std::time::Duration;
+
+use efferent_bus::ledger::Ledger;
+use efferent_proto::v1::{cluster_service_server::ClusterServiceServer, image_service_server::ImageServiceServer};
+use efferent_service::{Shutdown, admin::Readiness};
+use futures::StreamExt as _;
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::{cluster::Cluster, directory::Directory, images::Images};
+
+/// How a coordinator works.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Most event streams open at once. Default 1024.
+    pub max_streams: usize,
+    /// Deadline of requests that have none. Default 10 minutes.
+    #[serde(with = "humantime_serde")]
+    pub default_deadline: Duration,
+    /// How often queue depths are measured for `/metrics`. Default 5 s.
+    #[serde(with = "humantime_serde")]
+    pub measure_interval: Duration,
+    /// How long a stop waits for calls in progress. Default 10 s.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            max_streams: 1024,
+            default_deadline: Duration::from_secs(600),
+            measure_interval: Duration::from_secs(5),
+            grace: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Why a coordinator ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The bus is unavailable or unfit.
+    #[error("cannot join the cluster")]
+    Bus(#[from] efferent_bus::Error),
+    /// The server failed.
+    #[error("the gRPC server failed")]
+    Server(#[from] tonic::transport::Error),
+    /// Reflection could not be set up.
+    #[error("the reflection service cannot be built")]
+    Reflection(#[from] tonic_reflection::server::Error),
+}
+
+/// Serves until `shutdown`; then takes no new work, tells open streams where to re-attach, and returns.
+///
+/// # Errors
+/// If the bus is unavailable at the start, or the server fails.
+pub async fn run(
+    options: Options,
+    ledger: Ledger,
+    listener: TcpListener,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) -> Result<(), Error> {
+    let directory = Directory::watch(ledger.clone()).await?;
+    let grace = options.grace;
+    let measure_interval = options.measure_interval;
+    let images = Images::new(ledger.clone(), directory.clone(), options, shutdown.clone());
+    let cluster = Cluster::new(ledger, directory, images.clone());
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<ImageServiceServer<Images>>().await;
+    health.set_serving::<ClusterServiceServer<Cluster>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(efferent_proto::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let address = listener.local_addr().map(|address| address.to_string()).unwrap_or_default();
+    // Without it, small answers wait for the other side's delayed acknowledgement.
+    let incoming = TcpListenerStream::new(listener).map(|stream| {
+        stream.inspect(|stream| {
+            let _ = stream.set_nodelay(true);
+        })
+    });
+    let server = tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .initial_stream_window_size(4 * 1024 * 1024)
+        .initial_connection_window_size(16 * 1024 * 1024)
+        .add_service(health_service)
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .add_service(ImageServiceServer::new(images))
+        .add_service(ClusterServiceServer::new(cluster.clone()))
+        .serve_with_incoming_shutdown(incoming, shutdown.requested());
+    readiness.set(true);
+    tracing::info!(address, "coordinator is ready");
+    let measuring = tokio::spawn(measure(cluster, measure_interval)).abort_handle();
+    let stopping = {
+        let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
+        async move {
+            shutdown.requested().await;
+            readiness.set(false);
+            health.set_not_serving::<ImageServiceServer<Images>>().await;
+            tokio::time::sleep(grace).await;
+            tracing::warn!("calls were still open at the end of the grace period");
+        }
+    };
+    let outcome = tokio::select! {
+        served = server => served.map_err(Error::from),
+        () = stopping => Ok(()),
+    };
+    readiness.set(false);
+    measuring.abort();
+    outcome
+}
+
+async fn measure(cluster: Cluster, interval: Duration) {
+    loop {
+        match cluster.queues().await {
+            Ok(queues) => {
+                for queue in queues {
+                    metrics::gauge!("efferent_queue_ready", "queue" => queue.name.clone()).set(queue.ready as f64);
+                    metrics::gauge!("efferent_queue_leased", "queue" => queue.name.clone()).set(queue.leased as f64);
+                    metrics::gauge!("efferent_queue_oldest_age_seconds", "queue" => queue.name)
+                        .set(queue.oldest_age_seconds);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "cannot measure queues"),
+        }
+        tokio::time::sleep(interval).await;
+    }
+}

@@ -1,0 +1,220 @@
+//! Whether a request can be done at all, and what it is with every default filled in.
+
+use std::time::Duration;
+
+use efferent_proto::{
+    ApiError, time,
+    v1::{ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size},
+};
+
+/// Most bytes of a prompt.
+pub const MAX_PROMPT_BYTES: usize = 4096;
+/// Most bytes of an idempotency key.
+pub const MAX_KEY_BYTES: usize = 128;
+/// The longest deadline.
+pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+/// Most images of a request, whatever the model offers.
+pub const MAX_IMAGES: u32 = 16;
+/// Most steps of a request, whatever the model offers.
+pub const MAX_STEPS: u32 = 150;
+/// Strongest guidance of a request, whatever the model offers.
+pub const MAX_GUIDANCE: f32 = 30.0;
+
+fn invalid(field: &str, message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::InvalidField, message).field(field)
+}
+
+fn over(field: &str, limit: impl Into<String>, message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::LimitExceeded, message).field(field).limit(limit)
+}
+
+fn not_offered(field: &str, offer: impl Into<String>, message: impl Into<String>) -> ApiError {
+    ApiError::new(ErrorCode::NotOffered, message).field(field).limit(offer)
+}
+
+/// Checks what no model could take. The model is not known yet.
+///
+/// # Errors
+/// The first field at fault.
+pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
+    if request.prompt.trim().is_empty() {
+        return Err(invalid("prompt", "prompt is empty"));
+    }
+    for (field, text) in [("prompt", &request.prompt), ("negative_prompt", &request.negative_prompt)] {
+        if text.len() > MAX_PROMPT_BYTES {
+            let message = format!("{field} has {} bytes, over the limit of {MAX_PROMPT_BYTES}", text.len());
+            return Err(over(field, format!("1..={MAX_PROMPT_BYTES} bytes"), message));
+        }
+    }
+    if let Some(scale) = request.guidance_scale
+        && (!scale.is_finite() || scale < 0.0)
+    {
+        return Err(invalid("guidance_scale", format!("guidance_scale is {scale}; it must be a number from 0 up")));
+    }
+    if ImageFormat::try_from(request.format).is_err() {
+        return Err(invalid(
+            "format",
+            format!("format {} is unknown; known are png (1), jpeg (2), webp (3)", request.format),
+        ));
+    }
+    if Lane::try_from(request.lane).is_err() {
+        return Err(invalid("lane", format!("lane {} is unknown; known are interactive (1), batch (2)", request.lane)));
+    }
+    if request.idempotency_key.len() > MAX_KEY_BYTES {
+        let message =
+            format!("idempotency_key has {} bytes, over the limit of {MAX_KEY_BYTES}", request.idempotency_key.len());
+        return Err(over("idempotency_key", format!("0..={MAX_KEY_BYTES} bytes"), message));
+    }
+    if let Some(deadline) = &request.deadline {
+        match time::duration(deadline) {
+            Some(deadline) if !deadline.is_zero() && deadline <= MAX_DEADLINE => {}
+            _ => {
+                let message = "deadline must be above 0 and at most 24 h";
+                return Err(over("deadline", "0s..=86400s", message));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The request with every default filled in, if the model offers what it asks for.
+///
+/// # Errors
+/// The first field at fault, with the limit or offer.
+pub fn resolve(
+    request: GenerateRequest,
+    model: &Model,
+    default_deadline: Duration,
+) -> Result<GenerateRequest, ApiError> {
+    let name = &model.name;
+    if !request.negative_prompt.is_empty() && !model.negative_prompt {
+        return Err(not_offered("negative_prompt", "none", format!("model {name} takes no negative prompt")));
+    }
+    let size = match request.size {
+        None => model
+            .sizes
+            .first()
+            .copied()
+            .ok_or_else(|| not_offered("size", "", format!("model {name} offers no size")))?,
+        Some(size) if model.sizes.contains(&size) => size,
+        Some(size) => {
+            let offer = model.sizes.iter().map(size_name).collect::<Vec<_>>().join(", ");
+            let message = format!("model {name} does not offer size {}; it offers {offer}", size_name(&size));
+            return Err(not_offered("size", offer, message));
+        }
+    };
+    let within = |field: &str, value: u32, most: u32| match value {
+        value if (1..=most).contains(&value) => Ok(value),
+        value => Err(over(field, format!("1..={most}"), format!("{field} is {value}; model {name} takes 1 to {most}"))),
+    };
+    let steps = within("steps", request.steps.unwrap_or(model.default_steps), model.max_steps.min(MAX_STEPS))?;
+    let images = within("image_count", request.image_count.unwrap_or(1), model.max_image_count.min(MAX_IMAGES))?;
+    let guidance_scale = request.guidance_scale.unwrap_or(model.default_guidance_scale);
+    let strongest = model.max_guidance_scale.min(MAX_GUIDANCE);
+    if guidance_scale > strongest {
+        let message = format!("guidance_scale is {guidance_scale}; model {name} takes 0 to {strongest}");
+        return Err(over("guidance_scale", format!("0..={strongest}"), message));
+    }
+    let sampler = match request.sampler.as_str() {
+        "" => model.samplers.first().cloned().unwrap_or_default(),
+        given if model.samplers.iter().any(|offered| offered == given) => given.to_owned(),
+        given => {
+            let offer = model.samplers.join(", ");
+            let message = format!("model {name} does not offer sampler {given:?}; it offers {offer}");
+            return Err(not_offered("sampler", offer, message));
+        }
+    };
+    let mut resolved = GenerateRequest {
+        model: name.clone(),
+        size: Some(size),
+        steps: Some(steps),
+        image_count: Some(images),
+        guidance_scale: Some(guidance_scale),
+        // Generators of noise take 32 bits of a seed: a random one with more would pretend to more pictures than there are.
+        seed: Some(request.seed.unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff)),
+        deadline: Some(request.deadline.unwrap_or_else(|| time::proto_duration(default_deadline))),
+        sampler,
+        ..request
+    };
+    if resolved.format() == ImageFormat::Unspecified {
+        resolved.set_format(ImageFormat::Png);
+    }
+    if resolved.lane() == Lane::Unspecified {
+        resolved.set_lane(Lane::Interactive);
+    }
+    Ok(resolved)
+}
+
+fn size_name(size: &Size) -> String {
+    format!("{}x{}", size.width, size.height)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn model() -> Model {
+        Model {
+            name: "m".to_owned(),
+            sizes: vec![Size { width: 96, height: 96 }],
+            samplers: vec!["euler".to_owned(), "heun".to_owned()],
+            default_steps: 12,
+            max_steps: 100,
+            default_guidance_scale: 2.5,
+            max_guidance_scale: 10.0,
+            max_image_count: 16,
+            ..Default::default()
+        }
+    }
+
+    fn check(change: impl FnOnce(&mut GenerateRequest)) -> Result<GenerateRequest, (ErrorCode, String, String)> {
+        let mut request = GenerateRequest { prompt: "a cat".to_owned(), ..Default::default() };
+        change(&mut request);
+        syntax(&request)
+            .and_then(|()| resolve(request, &model(), Duration::from_secs(60)))
+            .map_err(|error| (error.code, error.field, error.limit))
+    }
+
+    #[test]
+    fn defaults_are_filled_in() {
+        let request = check(|_| {}).expect("is fine");
+        assert_eq!((request.steps, request.image_count, request.guidance_scale), (Some(12), Some(1), Some(2.5)));
+        assert_eq!(
+            (request.sampler.as_str(), request.format(), request.lane()),
+            ("euler", ImageFormat::Png, Lane::Interactive)
+        );
+        assert!(request.seed.is_some() && request.size.is_some() && request.deadline.is_some());
+    }
+
+    #[test]
+    fn what_cannot_be_done_names_the_field_and_the_limit() {
+        use ErrorCode::{InvalidField, LimitExceeded, NotOffered};
+        type Change = Box<dyn FnOnce(&mut GenerateRequest)>;
+        let cases: Vec<(Change, ErrorCode, &str, &str)> = vec![
+            (Box::new(|r| r.prompt = " \n".to_owned()), InvalidField, "prompt", ""),
+            (Box::new(|r| r.prompt = "x".repeat(4097)), LimitExceeded, "prompt", "1..=4096 bytes"),
+            (Box::new(|r| r.negative_prompt = "x".to_owned()), NotOffered, "negative_prompt", "none"),
+            (Box::new(|r| r.steps = Some(0)), LimitExceeded, "steps", "1..=100"),
+            (Box::new(|r| r.steps = Some(10_000)), LimitExceeded, "steps", "1..=100"),
+            (Box::new(|r| r.image_count = Some(0)), LimitExceeded, "image_count", "1..=16"),
+            (Box::new(|r| r.image_count = Some(17)), LimitExceeded, "image_count", "1..=16"),
+            (Box::new(|r| r.size = Some(Size { width: 512, height: 512 })), NotOffered, "size", "96x96"),
+            (Box::new(|r| r.guidance_scale = Some(f32::NAN)), InvalidField, "guidance_scale", ""),
+            (Box::new(|r| r.guidance_scale = Some(-1.0)), InvalidField, "guidance_scale", ""),
+            (Box::new(|r| r.guidance_scale = Some(11.0)), LimitExceeded, "guidance_scale", "0..=10"),
+            (Box::new(|r| r.sampler = "ddim".to_owned()), NotOffered, "sampler", "euler, heun"),
+            (Box::new(|r| r.format = 9), InvalidField, "format", ""),
+            (Box::new(|r| r.lane = 9), InvalidField, "lane", ""),
+            (Box::new(|r| r.idempotency_key = "x".repeat(129)), LimitExceeded, "idempotency_key", "0..=128 bytes"),
+            (
+                Box::new(|r| r.deadline = Some(time::proto_duration(Duration::ZERO))),
+                LimitExceeded,
+                "deadline",
+                "0s..=86400s",
+            ),
+        ];
+        for (change, code, field, limit) in cases {
+            assert_eq!(check(change), Err((code, field.to_owned(), limit.to_owned())));
+        }
+    }
+}
