@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LATENT, GRID, PATCHES = 16, 12, 36
-DEFAULT = {"states": 576, "queries": 16, "width": 256, "heads": 4, "connector_layers": 2, "hand_layers": 6, "max_tokens": 48}
+DEFAULT = {"states": 576, "queries": 16, "width": 256, "heads": 4, "connector_layers": 2, "hand_layers": 8, "max_tokens": 48}
 
 
 class RMS(nn.Module):

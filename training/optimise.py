@@ -61,3 +61,8 @@ class Clock:
 def rate(progress, constant):
     """1 up to `constant`, then linearly to 0."""
     return 1.0 if progress < constant else max(0.0, (1 - progress) / (1 - constant))
+
+
+def half_precision():
+    """Matrix products in bfloat16: 1.6 to 3.5 times as fast where the processor has them, and the weights stay in f32."""
+    return torch.autocast("cpu", dtype=torch.bfloat16)

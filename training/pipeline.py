@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from . import scenes
 from .network import DEFAULT, Connector, Decoder, Encoder, Hand, patch, sample, unpatch
-from .optimise import Average, Clock, Muon, rate
+from .optimise import Average, Clock, Muon, half_precision, rate
 from .vocabulary import BACKGROUNDS, COLOR_NAMES, POSITION_NAMES, RELATIONS, SIZE_NAMES, THINGS
 
 VIEWS = 3
@@ -56,7 +56,8 @@ def captions(language, folder, name, count, seed, log, unseen=False):
     made, texts = [made[i] for i in order], [texts[i] for i in order]
     states, offsets = [], [0]
     for start in range(0, count, 32):
-        h, mask = language.states(texts[start : start + 32])
+        with half_precision():
+            h, mask = language.states(texts[start : start + 32])
         for row, m in zip(h, mask):
             states.append(row[m].half())
             offsets.append(offsets[-1] + len(states[-1]))
@@ -72,19 +73,18 @@ def latents(encoder, data, folder, name, seed, log):
     path = folder / f"{name}.pt"
     if path.exists():
         return torch.load(path)
-    rng, out = random.Random(seed), []
+    rng, out, store = random.Random(seed), [], []
     with torch.no_grad():
         for i, scene in enumerate(data["scenes"]):
             x = np.stack([scenes.draw(scene, rng) for _ in range(VIEWS)])
             out.append(torch.from_numpy(x))
             if len(out) == 32 or i == len(data["scenes"]) - 1:
                 x = torch.cat(out).permute(0, 3, 1, 2).float() / 127.5 - 1
-                z = encoder(x).half()
-                store = torch.cat([store, z]) if i >= 32 else z
+                store.append(encoder(x).half())
                 out = []
             if i % 2000 == 0:
                 log(f"latents {i}/{len(data['scenes'])}")
-    z = store.float()
+    z = torch.cat(store).float()
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     z = patch((z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).half().view(-1, VIEWS, 36, 64)
     out = {"z": z, "mean": mean, "std": std}
@@ -140,8 +140,9 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
         index = torch.tensor([rng.randrange(count) for _ in range(32)])
         h, mask = batch_states(data, index.tolist())
         h = h + torch.randn_like(h) * h.square().mean(-1, keepdim=True).sqrt() * .05
-        control = connector(h, mask)
-        parse = heads(control, data["labels"][index])
+        with half_precision():
+            control = connector(h, mask)
+            parse = heads(control, data["labels"][index])
         modules.zero_grad(set_to_none=True)
         if clock.spent < parse_until:
             parse.backward()
@@ -155,8 +156,9 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
             c = c * (1 - drop) + hand.null * drop
             t = torch.sigmoid(torch.randn(len(c)) * 1.2 - 2.0)
             w = t[:, None, None]
-            p = hand(w * views + (1 - w) * torch.randn_like(views), t, c)
-            loss = ((p - views).square() / (1 - w).clamp_min(.1).square()).mean()
+            with half_precision():
+                p = hand(w * views + (1 - w) * torch.randn_like(views), t, c)
+            loss = ((p.float() - views).square() / (1 - w).clamp_min(.1).square()).mean()
             (loss + .05 * parse).backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 2.0)
         muon.step(factor), adam.step(), average.update(step)

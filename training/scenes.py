@@ -16,7 +16,7 @@ from . import packages
 from .vocabulary import (BESIDE, COLORS, COLOR_NAMES, COUNTS, OPENINGS, PLAIN, POSITIONS, POSITION_NAMES, RELATIONS, SCENES, SIZES, THINGS)
 
 SIZE = 96
-KINDS = (("single", .30), ("two", .38), ("count", .18), ("mixed", .14))
+KINDS = (("single", .28), ("two", .37), ("count", .17), ("mixed", .18))
 PLACES = {1: [(48, 48)], 2: [(26, 48), (70, 48)], 3: [(17, 48), (48, 48), (79, 48)], 4: [(26, 26), (70, 26), (26, 70), (70, 70)],
           5: [(19, 19), (77, 19), (48, 48), (19, 77), (77, 77)]}
 PIXELS = {1: 64, 2: 40, 3: 30, 4: 38, 5: 30}
@@ -91,7 +91,7 @@ def _sample(rng: random.Random, kind: str) -> Scene:
 def article(phrase: str) -> str:
     """`phrase` with an indefinite article, unless it has one or is a description that starts with another word."""
     first = phrase.split()[0].lower()
-    if first in ("a", "an", "the", "what", "man's", "our", "two", "something", "someone") or first.endswith("'s"):
+    if first in ("a", "an", "the", "what", "where", "man's", "our", "two", "something", "someone") or first.endswith("'s"):
         return phrase
     return ("an " if phrase[0].lower() in "aeio" or phrase.startswith(("umbrella",)) else "a ") + phrase
 
@@ -115,12 +115,12 @@ def describe(part: Part, rng: random.Random, wording: float = 1.0) -> str:
         other = [n for n in thing.names[1:] if " of " not in n and n not in ("grapes", "cherries", "cheese", "coffee", "corn", "cattle", "fire", "sunshine", "swine")]
         noun = plural(rng.choice(other)) if other and chance < .25 else thing.plural
         return " ".join(filter(None, (rng.choice(COUNTS[part.count]), size, color, noun)))
-    if chance < .22 and thing.descriptions:
+    if chance < .30 and thing.descriptions:
         phrase = article(rng.choice(thing.descriptions))
         if color:
             phrase += rng.choice((f" in {color}", f", colored {color}", f" that is {color}"))
         return f"{phrase} ({size})" if size else phrase
-    noun = rng.choice(thing.names[1:]) if chance < .5 and len(thing.names) > 1 else thing.name
+    noun = rng.choice(thing.names[1:]) if chance < .55 and len(thing.names) > 1 else thing.name
     return article(" ".join(filter(None, (size, color, noun))))
 
 

