@@ -155,12 +155,8 @@ impl Pipeline {
                 return Err(malformed(format!("{field} is {name:?}; it must be 1 to 64 of a-z, 0-9, - and _")));
             }
         }
-        for file in [
-            &manifest.connector.weights,
-            &manifest.hand.weights,
-            &manifest.brain.folder,
-            &manifest.brain.file,
-        ] {
+        for file in [&manifest.connector.weights, &manifest.hand.weights, &manifest.brain.folder, &manifest.brain.file]
+        {
             // A manifest may come from anywhere: it must not reach out of its folder.
             if file.is_empty() || file.contains(['/', '\\']) || file.starts_with('.') {
                 return Err(malformed(format!("{file:?} is not a plain file name")));
@@ -177,6 +173,11 @@ impl Pipeline {
     /// The model's name.
     pub fn name(&self) -> &str {
         &self.manifest.name
+    }
+
+    /// One sentence for a person.
+    pub fn description(&self) -> &str {
+        &self.manifest.description
     }
 
     /// The brain.

@@ -69,7 +69,9 @@ impl CustomOp1 for Im2Col {
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (b, h, w, c) = layout.shape().dims4()?;
-        let Some((start, end)) = layout.contiguous_offsets() else { candle_core::bail!("im2col wants contiguous values") };
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("im2col wants contiguous values")
+        };
         let input = &storage.as_slice::<f32>()?[start..end];
         let mut output = vec![0f32; b * h * w * 9 * c];
         let line = w * 9 * c;

@@ -1,0 +1,349 @@
+//! A decoder language model: Llama, Qwen2, Qwen3, Gemma and Gemma 2 by configuration.
+//!
+//! It answers hidden states of any layers at all positions, takes embeddings instead of ids (so that learnable queries can stand in
+//! the sequence), and honours a padding mask, so that prompts of different length share a batch. It does not generate text.
+//!
+//! Source: transformers 5.23, `models/{llama,qwen2,qwen3,gemma,gemma2}/modeling_*.py`; names of GGUF tensors: gguf 0.19,
+//! `constants.py`. Checked against them by `tests/decoder.rs`.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+
+use super::{
+    attention::{Logits, attend, causal, hide_absent},
+    linear::Linear,
+    ops,
+};
+use crate::weights::Weights;
+
+/// Everything in which the families differ.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// Rows of the embedding table.
+    pub vocabulary: usize,
+    /// Channels of a hidden state.
+    pub width: usize,
+    /// Layers to load and run; those after the last one that is read cost nothing if left out.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub key_heads: usize,
+    /// Channels of a head.
+    pub head_width: usize,
+    /// Channels inside the MLP.
+    pub mlp_width: usize,
+    /// Base of the rotary angles.
+    pub rotary_base: f64,
+    /// Which channels a rotation pairs.
+    pub rotary_pairs: RotaryPairs,
+    /// Epsilon of RMS norms.
+    pub norm_eps: f64,
+    /// Norm weights are stored minus 1 (Gemma).
+    pub norm_offset: bool,
+    /// Activation of the MLP's gate.
+    pub activation: Activation,
+    /// q, k and v have biases (Qwen2).
+    pub projection_bias: bool,
+    /// q and k are normalised per head before the rotation (Qwen3).
+    pub head_norm: bool,
+    /// The outputs of attention and MLP are normalised too (Gemma 2).
+    pub output_norm: bool,
+    /// Embeddings are multiplied by sqrt(width) (Gemma).
+    pub scaled_embedding: bool,
+    /// Width that logits are scaled by, if not that of a head (Gemma 2).
+    pub logit_width: Option<usize>,
+    /// Cap of attention logits (Gemma 2).
+    pub soft_cap: Option<f64>,
+    /// Positions that every second layer, the first one included, looks back at most (Gemma 2).
+    pub sliding_window: Option<usize>,
+}
+
+/// Which channels a rotation pairs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RotaryPairs {
+    /// Channel i and i + half: weights as transformers has them.
+    Halves,
+    /// Channels 2 i and 2 i + 1: Llama's q and k in GGUF, which stores them permuted for this.
+    Neighbours,
+}
+
+/// Activation of the MLP's gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x sigmoid(x)`
+    Silu,
+    /// GELU in its tanh form.
+    Gelu,
+}
+
+/// How the file names its tensors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Naming {
+    /// `model.layers.0.self_attn.q_proj.weight`
+    Transformers,
+    /// `blk.0.attn_q.weight`
+    Gguf,
+}
+
+impl Naming {
+    /// (name in transformers, name in GGUF) of a layer's part
+    fn part(self, layer: usize, [transformers, gguf]: [&str; 2]) -> String {
+        match self {
+            Self::Transformers => format!("model.layers.{layer}.{transformers}"),
+            Self::Gguf => format!("blk.{layer}.{gguf}"),
+        }
+    }
+
+    fn embedding(self) -> &'static str {
+        match self {
+            Self::Transformers => "model.embed_tokens.weight",
+            Self::Gguf => "token_embd.weight",
+        }
+    }
+
+    fn final_norm(self) -> &'static str {
+        match self {
+            Self::Transformers => "model.norm.weight",
+            Self::Gguf => "output_norm.weight",
+        }
+    }
+
+    /// Whether a model that keeps `layers` layers takes a tensor of this name.
+    pub fn wants(self, name: &str, layers: usize) -> bool {
+        let prefix = self.part(0, ["", ""]).replace("0.", "");
+        match name.strip_prefix(&prefix).and_then(|rest| rest.split('.').next()?.parse::<usize>().ok()) {
+            Some(layer) => layer < layers && !name.ends_with("rope_freqs.weight"),
+            None => name == self.embedding() || name == self.final_norm(),
+        }
+    }
+}
+
+/// The model.
+#[derive(Debug)]
+pub struct Decoder {
+    config: Config,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    final_norm: Tensor,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    q_norm: Option<Tensor>,
+    k_norm: Option<Tensor>,
+    output: Linear,
+    attention_output_norm: Option<Tensor>,
+    mlp_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    mlp_output_norm: Option<Tensor>,
+}
+
+/// What every layer of a pass shares.
+struct Pass {
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor,
+    windowed_bias: Option<Tensor>,
+}
+
+impl Decoder {
+    /// Takes the model's tensors. What does not fit is told by [`Weights::finish`].
+    ///
+    /// # Errors
+    /// If the configuration cannot be: heads that do not divide, an odd head width, a size of 0.
+    pub fn new(config: Config, naming: Naming, weights: &mut Weights) -> Result<Self> {
+        let Config { vocabulary, width, heads, key_heads, head_width, mlp_width, .. } = config;
+        if [vocabulary, width, heads, key_heads, head_width, mlp_width].contains(&0) {
+            candle_core::bail!("a size of the language model is 0: {config:?}");
+        }
+        if heads % key_heads != 0 || head_width % 2 != 0 {
+            candle_core::bail!("{heads} heads over {key_heads} key heads of width {head_width} cannot be");
+        }
+        let norm = |weights: &mut Weights, name: &str, width: usize| {
+            let weight = weights.get(name, &[width]);
+            // GGUF stores Gemma's norms with the 1 added.
+            if config.norm_offset && naming == Naming::Transformers { weight + 1.0 } else { Ok(weight) }
+        };
+        let embedding = weights.get(naming.embedding(), &[vocabulary, width]);
+        let layers = (0..config.layers)
+            .map(|layer| {
+                let name = |part: [&str; 2]| naming.part(layer, part);
+                let normed = |weights: &mut Weights, part: [&str; 2], width: usize| {
+                    norm(weights, &format!("{}.weight", name(part)), width)
+                };
+                let projection = |weights: &mut Weights, part: [&str; 2], outputs: usize| match config.projection_bias {
+                    true => Linear::with_bias(weights, &name(part), width, outputs),
+                    false => Linear::new(weights, &name(part), width, outputs),
+                };
+                let mlp_norm = match config.output_norm {
+                    true => ["pre_feedforward_layernorm", "ffn_norm"],
+                    false => ["post_attention_layernorm", "ffn_norm"],
+                };
+                Ok(Layer {
+                    attention_norm: normed(weights, ["input_layernorm", "attn_norm"], width)?,
+                    q: projection(weights, ["self_attn.q_proj", "attn_q"], heads * head_width),
+                    k: projection(weights, ["self_attn.k_proj", "attn_k"], key_heads * head_width),
+                    v: projection(weights, ["self_attn.v_proj", "attn_v"], key_heads * head_width),
+                    q_norm: when(config.head_norm, || {
+                        normed(weights, ["self_attn.q_norm", "attn_q_norm"], head_width)
+                    })?,
+                    k_norm: when(config.head_norm, || {
+                        normed(weights, ["self_attn.k_norm", "attn_k_norm"], head_width)
+                    })?,
+                    output: Linear::new(weights, &name(["self_attn.o_proj", "attn_output"]), heads * head_width, width),
+                    attention_output_norm: when(config.output_norm, || {
+                        normed(weights, ["post_attention_layernorm", "post_attention_norm"], width)
+                    })?,
+                    mlp_norm: normed(weights, mlp_norm, width)?,
+                    gate: Linear::new(weights, &name(["mlp.gate_proj", "ffn_gate"]), width, mlp_width),
+                    up: Linear::new(weights, &name(["mlp.up_proj", "ffn_up"]), width, mlp_width),
+                    down: Linear::new(weights, &name(["mlp.down_proj", "ffn_down"]), mlp_width, width),
+                    mlp_output_norm: when(config.output_norm, || {
+                        normed(weights, ["post_feedforward_layernorm", "post_ffw_norm"], width)
+                    })?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let final_norm = norm(weights, naming.final_norm(), width)?;
+        Ok(Self { config, embedding, layers, final_norm })
+    }
+
+    /// How it is configured.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// Token ids, u32 (batch, tokens) -> what the first layer reads (batch, tokens, width).
+    ///
+    /// # Errors
+    /// If an id is not of the vocabulary.
+    pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let (batch, tokens) = ids.dims2()?;
+        let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, self.config.width))?;
+        if self.config.scaled_embedding { rows * (self.config.width as f64).sqrt() } else { Ok(rows) }
+    }
+
+    /// Hidden states (batch, tokens, width) after each of `layers` (0: the embeddings; n: after n layers), without the final norm.
+    ///
+    /// embeddings: (batch, tokens, width), as [`Decoder::embed`] gives them, or learnt; mask: (batch, tokens), 1 = present. States
+    /// at absent positions mean nothing.
+    ///
+    /// # Errors
+    /// If there is no such layer, or shapes do not fit.
+    pub fn states(&self, embeddings: &Tensor, mask: &Tensor, layers: &[usize]) -> Result<Vec<Tensor>> {
+        let (batch, tokens, _) = embeddings.dims3()?;
+        if mask.dims() != [batch, tokens] {
+            candle_core::bail!("a mask of {:?} for embeddings of {:?}", mask.dims(), embeddings.dims());
+        }
+        let last = layers.iter().copied().max().unwrap_or(0);
+        if last > self.layers.len() {
+            candle_core::bail!("states after layer {last} of a model with {} layers", self.layers.len());
+        }
+        let pass = self.pass(mask)?;
+        let mut states = vec![embeddings.clone()];
+        for (index, layer) in self.layers[..last].iter().enumerate() {
+            let next = layer.forward(&self.config, &states[index], &pass, index)?;
+            if !layers.contains(&index) {
+                // Not asked for: let go of its memory.
+                states[index] = Tensor::zeros((), DType::F32, self.device())?;
+            }
+            states.push(next);
+        }
+        Ok(layers.iter().map(|layer| states[*layer].clone()).collect())
+    }
+
+    /// The final norm over states after the last layer.
+    ///
+    /// # Errors
+    /// If the width does not fit.
+    pub fn final_norm(&self, states: &Tensor) -> Result<Tensor> {
+        ops::rms_norm(states, &self.final_norm, self.config.norm_eps)
+    }
+
+    fn pass(&self, mask: &Tensor) -> Result<Pass> {
+        let (config, device) = (&self.config, self.device());
+        let tokens = mask.dim(1)?;
+        let half = config.head_width / 2;
+        let frequency = |i: usize| config.rotary_base.powf(-2.0 * i as f64 / config.head_width as f64) as f32;
+        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
+        let angles: Vec<f32> = (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
+        let angles = Tensor::from_vec(angles, (tokens, half), device)?;
+        let absent = hide_absent(mask)?;
+        let bias = |window| causal(tokens, window, device)?.broadcast_add(&absent);
+        Ok(Pass {
+            cos: angles.cos()?,
+            sin: angles.sin()?,
+            bias: bias(None)?,
+            windowed_bias: when(config.sliding_window.is_some(), || bias(config.sliding_window))?,
+        })
+    }
+}
+
+impl Layer {
+    /// (batch, tokens, width) -> (batch, tokens, width)
+    fn forward(&self, config: &Config, x: &Tensor, pass: &Pass, index: usize) -> Result<Tensor> {
+        let normed = |x: &Tensor, norm: &Tensor| ops::rms_norm(x, norm, config.norm_eps);
+        let also = |x: Tensor, norm: &Option<Tensor>| match norm {
+            Some(norm) => normed(&x, norm),
+            None => Ok(x),
+        };
+        let (batch, tokens, _) = x.dims3()?;
+        let h = normed(x, &self.attention_norm)?;
+        let split = |y: Tensor, heads: usize| y.reshape((batch, tokens, heads, config.head_width));
+        let turn = |y: Tensor| rotate(&y, pass, config.rotary_pairs);
+        let q = turn(also(split(self.q.forward(&h)?, config.heads)?, &self.q_norm)?)?;
+        let k = turn(also(split(self.k.forward(&h)?, config.key_heads)?, &self.k_norm)?)?;
+        let v = split(self.v.forward(&h)?, config.key_heads)?;
+        let logits = Logits {
+            scale: 1.0 / (config.logit_width.unwrap_or(config.head_width) as f64).sqrt(),
+            soft_cap: config.soft_cap,
+        };
+        let bias = pass.windowed_bias.as_ref().filter(|_| index % 2 == 0).unwrap_or(&pass.bias);
+        let attended = attend(&q, &k, &v, Some(bias), logits)?.flatten_from(2)?;
+        let x = (x + also(self.output.forward(&attended)?, &self.attention_output_norm)?)?;
+        let h = normed(&x, &self.mlp_norm)?;
+        let gate = self.gate.forward(&h)?;
+        let gate = match config.activation {
+            Activation::Silu => ops::silu(&gate)?,
+            Activation::Gelu => ops::gelu(&gate)?,
+        };
+        let h = self.down.forward(&(gate * self.up.forward(&h)?)?)?;
+        x + also(h, &self.mlp_output_norm)?
+    }
+}
+
+/// Rotary positions. x: (batch, tokens, heads, width); cos, sin: (tokens, width / 2)
+fn rotate(x: &Tensor, pass: &Pass, pairs: RotaryPairs) -> Result<Tensor> {
+    let (batch, tokens, heads, width) = x.dims4()?;
+    let half = width / 2;
+    let (cos, sin) = (pass.cos.unsqueeze(1)?, pass.sin.unsqueeze(1)?); // (tokens, 1, half)
+    let turn = |a: &Tensor, b: &Tensor| -> Result<(Tensor, Tensor)> {
+        Ok(((a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?, (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?))
+    };
+    match pairs {
+        RotaryPairs::Halves => {
+            let (a, b) = turn(&x.narrow(D::Minus1, 0, half)?, &x.narrow(D::Minus1, half, half)?)?;
+            Tensor::cat(&[a, b], D::Minus1)
+        }
+        RotaryPairs::Neighbours => {
+            let x = x.reshape((batch, tokens, heads, half, 2))?;
+            let (a, b) = turn(&x.narrow(4, 0, 1)?.squeeze(4)?, &x.narrow(4, 1, 1)?.squeeze(4)?)?;
+            Tensor::stack(&[a, b], 4)?.reshape((batch, tokens, heads, width))
+        }
+    }
+}
+
+fn when<T>(condition: bool, make: impl FnOnce() -> Result<T>) -> Result<Option<T>> {
+    condition.then(make).transpose()
+}
