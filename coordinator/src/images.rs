@@ -97,7 +97,7 @@ impl Images {
         let key = request.idempotency_key.clone();
         let mut id = names::new_job_id();
         if !key.is_empty() {
-            let claim = IdempotencyRecord { job_id: id.clone(), request_hash: hash.clone().into() };
+            let claim = IdempotencyRecord { job_id: id.clone(), request_hash: hash.clone() };
             let standing = self.ledger.claim_key(&key, claim).await.map_err(unavailable)?;
             if standing.request_hash != hash {
                 let message = format!("the idempotency key was used for another request, job {}", standing.job_id);
