@@ -1,10 +1,11 @@
 //! Brain worker: takes prompts from the queue, computes control signals, and hands them on to the hands' queue.
 //!
-//! Read in this order: [`service`] (the worker), [`batch`] (prompts to batches, cached signals), [`families`] (the models).
+//! Read in this order: [`service`] (the worker), [`batch`] (prompts to batches, cached signals), [`families`] (the language models), [`connectors`] (from their states to control signals).
 //!
 //! Deliberately absent: pixels, and everything that a hand knows.
 
 pub mod batch;
+pub mod connectors;
 pub mod families;
 pub mod service;
 

@@ -35,7 +35,10 @@ impl FromStr for Sampler {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let known = || Self::ALL.map(Self::name).join(", ");
-        Self::ALL.into_iter().find(|s| s.name() == name).ok_or_else(|| format!("no sampler {name:?}; known are {}", known()))
+        Self::ALL
+            .into_iter()
+            .find(|s| s.name() == name)
+            .ok_or_else(|| format!("no sampler {name:?}; known are {}", known()))
     }
 }
 

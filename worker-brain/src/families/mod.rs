@@ -1,1 +1,51 @@
-//! (to come)
+//! Brains by family. A new one is a folder and a line in [`FAMILIES`].
+
+pub mod sim;
+pub mod smollm2;
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use efferent_proto::{ApiError, v1::ErrorCode};
+use efferent_worker::{
+    engine::{Brain, EngineError},
+    pipeline::Pipeline,
+    thread::Factory,
+};
+
+/// Where a brain is built from.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// Which brain and connector.
+    pub pipeline: Pipeline,
+    /// The language model's weights.
+    pub weights: PathBuf,
+    /// Where to compute.
+    pub device: Device,
+}
+
+type Load = fn(&Source) -> Result<Box<dyn Brain>, EngineError>;
+
+/// Every family by its name in `pipeline.json`.
+pub const FAMILIES: [(&str, Load); 1] = [("smollm2", smollm2::load)];
+
+/// Builds the brain of a pipeline. Its weights are looked for in the home folder.
+pub fn factory(pipeline: &Pipeline, home: &Path, device: Device) -> Factory<dyn Brain> {
+    let source = Source { pipeline: pipeline.clone(), weights: pipeline.brain_weights(home), device };
+    Box::new(move || {
+        let family = &source.pipeline.brain().family;
+        match FAMILIES.iter().find(|(name, _)| name == family) {
+            Some((_, load)) => load(&source),
+            None => {
+                let known = FAMILIES.map(|(name, _)| name).join(", ");
+                let message = format!("no brain family is called {family:?}; known are {known}");
+                Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.family").into())
+            }
+        }
+    })
+}
+
+/// A failure to load, with its cause.
+pub(crate) fn unloadable(what: &str) -> impl Fn(Box<dyn std::error::Error + Send + Sync>) -> EngineError + '_ {
+    move |source| EngineError::compute(format!("cannot load {what}"), source)
+}

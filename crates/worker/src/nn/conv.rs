@@ -6,6 +6,8 @@
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::weights::Weights;
+
 /// A 3 x 3 convolution, stride 1, padding 1.
 #[derive(Debug, Clone)]
 pub struct Conv3x3 {
@@ -28,6 +30,15 @@ impl Conv3x3 {
         // (out, in, 3, 3) -> (3, 3, in, out) -> (9 in, out)
         let weight = weight.permute((2, 3, 1, 0))?.contiguous()?.reshape((9 * inputs, outputs))?;
         Ok(Self { weight, bias })
+    }
+
+    /// Takes `{name}.weight` of (out, in, 3, 3) and `{name}.bias`.
+    ///
+    /// # Errors
+    /// Never on weights of that shape.
+    pub fn load(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
+        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, 3, 3]);
+        Self::new(&weight, &weights.get(&format!("{name}.bias"), &[outputs]))
     }
 
     /// (batch, height, width, in) -> (batch, height, width, out)

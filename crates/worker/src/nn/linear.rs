@@ -25,6 +25,16 @@ impl Linear {
         Self { bias, ..Self::new(weights, name, inputs, outputs) }
     }
 
+    /// A 1 x 1 convolution as a map of channels, for maps that keep channels last: takes `{name}.weight` of (out, in, 1, 1) and
+    /// `{name}.bias`.
+    ///
+    /// # Errors
+    /// Never on weights of that shape.
+    pub fn of_convolution(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
+        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, 1, 1]).reshape((outputs, inputs))?;
+        Ok(Self { weight, bias: Some(weights.get(&format!("{name}.bias"), &[outputs])) })
+    }
+
     /// (.., in) -> (.., out)
     ///
     /// # Errors

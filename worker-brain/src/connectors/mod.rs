@@ -1,0 +1,3 @@
+//! Connectors: from a language model's states to a hand's control space.
+
+pub mod queries;

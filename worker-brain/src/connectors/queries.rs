@@ -1,0 +1,128 @@
+//! MetaQuery's shape in small: learnable queries and the language model's token states go through a bidirectional transformer; what
+//! stands at the queries is the control signal.
+//!
+//! Source of the mathematics: `training/network.py`, class `Connector`, whose names the weights have.
+
+use candle_core::{Result, Tensor};
+use efferent_worker::{
+    nn::{
+        attention::{Logits, attend, hide_absent},
+        linear::Linear,
+        ops,
+    },
+    weights::Weights,
+};
+use serde::Deserialize;
+
+const EPS: f64 = 1e-6;
+
+/// Sizes, from `connector.config` of a pipeline.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Channels of the language model's states.
+    pub states: usize,
+    /// Learnable queries: tokens of the control signal.
+    pub queries: usize,
+    /// Channels of the control signal.
+    pub width: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Most tokens of a prompt.
+    pub max_tokens: usize,
+}
+
+/// The connector.
+#[derive(Debug)]
+pub struct Connector {
+    config: Config,
+    input_norm: Tensor,
+    input: Linear,
+    queries: Tensor,
+    positions: Tensor,
+    layers: Vec<Layer>,
+    output_norm: Tensor,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: Tensor,
+    projections: [Linear; 3],
+    head_norms: [Tensor; 2],
+    output: Linear,
+    mlp_norm: Tensor,
+    up: Linear,
+    down: Linear,
+}
+
+impl Connector {
+    /// Takes the connector's tensors. What does not fit is told by [`Weights::finish`].
+    ///
+    /// # Errors
+    /// If a size is 0 or the heads do not divide the width.
+    pub fn new(config: Config, weights: &mut Weights) -> Result<Self> {
+        let Config { states, queries, width, heads, max_tokens, .. } = config;
+        if [states, queries, width, heads, max_tokens].contains(&0) || width % heads != 0 {
+            candle_core::bail!("a connector cannot have these sizes: {config:?}");
+        }
+        let layers = (0..config.layers)
+            .map(|i| {
+                let projection =
+                    |weights: &mut Weights, part: &str| Linear::new(weights, &format!("b.{i}.1.{part}"), width, width);
+                Layer {
+                    attention_norm: weights.get(&format!("b.{i}.0.w"), &[width]),
+                    projections: ["q", "k", "v"].map(|part| projection(weights, part)),
+                    head_norms: ["qn", "kn"].map(|part| weights.get(&format!("b.{i}.1.{part}.w"), &[width / heads])),
+                    output: projection(weights, "o"),
+                    mlp_norm: weights.get(&format!("b.{i}.2.w"), &[width]),
+                    up: Linear::new(weights, &format!("b.{i}.3.a"), width, 4 * width),
+                    down: Linear::new(weights, &format!("b.{i}.3.b"), 4 * width, width),
+                }
+            })
+            .collect();
+        Ok(Self {
+            input_norm: weights.get("n0.w", &[states]),
+            input: Linear::with_bias(weights, "inp", states, width),
+            queries: weights.get("q", &[queries, width]),
+            positions: weights.get("pos", &[max_tokens, width]),
+            layers,
+            output_norm: weights.get("on.w", &[width]),
+            config,
+        })
+    }
+
+    /// How it is configured.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// states: (batch, tokens, states), tokens up to `max_tokens`; mask: (batch, tokens), 1 = present -> (batch, queries, width)
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn forward(&self, states: &Tensor, mask: &Tensor) -> Result<Tensor> {
+        let Config { queries, width, heads, .. } = self.config;
+        let (batch, tokens, _) = states.dims3()?;
+        let read = self.input.forward(&ops::rms_norm(states, &self.input_norm, EPS)?)?;
+        let read = read.broadcast_add(&self.positions.narrow(0, 0, tokens)?)?;
+        let asked = self.queries.unsqueeze(0)?.expand((batch, queries, width))?;
+        let mut x = Tensor::cat(&[&asked, &read], 1)?; // (batch, queries + tokens, width)
+        let all = Tensor::ones((batch, queries), mask.dtype(), mask.device())?;
+        let bias = hide_absent(&Tensor::cat(&[&all, mask], 1)?)?;
+        let split = |y: Tensor| y.reshape((batch, queries + tokens, heads, width / heads));
+        for layer in &self.layers {
+            let h = ops::rms_norm(&x, &layer.attention_norm, EPS)?;
+            let [q, k, v] = &layer.projections;
+            let q = ops::rms_norm(&split(q.forward(&h)?)?, &layer.head_norms[0], EPS)?;
+            let k = ops::rms_norm(&split(k.forward(&h)?)?, &layer.head_norms[1], EPS)?;
+            let v = split(v.forward(&h)?)?;
+            let attended = attend(&q, &k, &v, Some(&bias), Logits::of_width(width / heads))?.flatten_from(2)?;
+            x = (x + layer.output.forward(&attended)?)?;
+            let h = ops::rms_norm(&x, &layer.mlp_norm, EPS)?;
+            x = (x + layer.down.forward(&ops::gelu(&layer.up.forward(&h)?)?)?)?;
+        }
+        ops::rms_norm(&x.narrow(1, 0, queries)?, &self.output_norm, EPS)
+    }
+}

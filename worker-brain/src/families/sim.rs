@@ -1,0 +1,76 @@
+//! A brain that only pretends: it costs what it is told to, and its signal is a hash of the prompt.
+
+use std::{thread::sleep, time::Duration};
+
+use candle_core::{Device, Tensor};
+use efferent_proto::internal::{
+    Branch, ControlHeader, ControlSignal, GuidanceFormula, StreamRole, UnconditionalPolicy,
+};
+use efferent_worker::{
+    engine::{Brain, EmbedRequest, EngineError, EngineSpec},
+    signal, sim,
+    thread::Factory,
+};
+
+/// What a batch costs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cost {
+    /// For the batch.
+    pub per_batch: Duration,
+    /// For each token on top, padding included.
+    pub per_token: Duration,
+}
+
+/// Tokens of a batch.
+const MAX_BATCH: usize = 4096;
+
+#[derive(Debug)]
+struct Sim {
+    cost: Cost,
+    spec: EngineSpec,
+}
+
+/// Builds a simulated brain.
+pub fn factory(cost: Cost) -> Factory<dyn Brain> {
+    Box::new(move || {
+        let spec = EngineSpec { model: sim::model(), max_batch: MAX_BATCH, simulated: true };
+        Ok(Box::new(Sim { cost, spec }))
+    })
+}
+
+impl Brain for Sim {
+    fn spec(&self) -> &EngineSpec {
+        &self.spec
+    }
+
+    fn fingerprint(&self) -> String {
+        sim::NAME.to_owned()
+    }
+
+    fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError> {
+        Ok(1 + request.prompt.split_whitespace().count())
+    }
+
+    fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
+        let longest = batch.iter().filter_map(|request| self.tokens(request).ok()).max().unwrap_or(0);
+        sleep(self.cost.per_batch + self.cost.per_token * (longest * batch.len()) as u32);
+        batch.iter().map(embed).collect()
+    }
+}
+
+fn embed(request: &EmbedRequest) -> Result<ControlSignal, EngineError> {
+    let hash = blake3::hash(request.prompt.as_bytes());
+    let values: Vec<f32> = hash.as_bytes()[..16].iter().map(|byte| f32::from(*byte) / 255.0).collect();
+    let states = Tensor::from_vec(values, (sim::TOKENS as usize, sim::WIDTH as usize), &Device::Cpu)?;
+    Ok(ControlSignal {
+        header: Some(ControlHeader {
+            schema_version: signal::SCHEMA_VERSION,
+            space: Some(sim::space()),
+            ..Default::default()
+        }),
+        streams: vec![signal::stream(StreamRole::Query, Branch::Conditional, &states)?],
+        unconditional: UnconditionalPolicy::Zeros.into(),
+        guidance_formula: GuidanceFormula::Unconditional.into(),
+        ..Default::default()
+    })
+}

@@ -1,0 +1,33 @@
+//! Hands by family. A new one is a folder and a line in [`FAMILIES`].
+
+pub mod pictogram;
+pub mod sim;
+
+use candle_core::Device;
+use efferent_proto::{ApiError, v1::ErrorCode};
+use efferent_worker::{
+    engine::{EngineError, Hand},
+    pipeline::Pipeline,
+    thread::Factory,
+};
+
+type Load = fn(&Pipeline, &Device) -> Result<Box<dyn Hand>, EngineError>;
+
+/// Every family by its name in `pipeline.json`.
+pub const FAMILIES: [(&str, Load); 1] = [("pictogram", pictogram::load)];
+
+/// Builds the hand of a pipeline.
+pub fn factory(pipeline: &Pipeline, device: Device) -> Factory<dyn Hand> {
+    let pipeline = pipeline.clone();
+    Box::new(move || {
+        let family = &pipeline.hand().family;
+        match FAMILIES.iter().find(|(name, _)| name == family) {
+            Some((_, load)) => load(&pipeline, &device),
+            None => {
+                let known = FAMILIES.map(|(name, _)| name).join(", ");
+                let message = format!("no hand family is called {family:?}; known are {known}");
+                Err(ApiError::new(ErrorCode::InvalidField, message).field("hand.family").into())
+            }
+        }
+    })
+}

@@ -1,0 +1,299 @@
+//! The hand worker: pulls tasks, renders them in the running batch, records images.
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use efferent_bus::{
+    Delivery,
+    ledger::{Ledger, Transition, encode},
+    read_object,
+};
+use efferent_proto::{
+    ApiError,
+    internal::{ControlSignal, HandTask, JobRecord, hand_task},
+    names, time,
+    v1::{ErrorCode, GenerateRequest, Image, JobEvent, Model, Preview, Step, WorkerRole, job_event::Event},
+};
+use efferent_service::{Shutdown, admin::Readiness};
+use efferent_worker::{
+    engine::{EngineError, Hand, RenderRequest},
+    intake::Intake,
+    lifecycle::{Member, Profile},
+    task::{self, Admission, Cancellations, Held},
+    thread::Factory,
+};
+use image::RgbImage;
+use prost::Message as _;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    encode as files,
+    engine_loop::{EngineLoop, Order, Update},
+};
+
+/// How a hand worker works.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Most images taken at once; 0 for as many as the model computes together. Default 0.
+    pub max_images: usize,
+    /// How long a stop waits for images in hand; what is not done by then goes back to the queue. Default 30 s.
+    #[serde(with = "humantime_serde")]
+    pub grace: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { max_images: 0, grace: Duration::from_secs(30) }
+    }
+}
+
+/// Why a hand worker ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The model cannot be loaded.
+    #[error("cannot load the hand")]
+    Engine(#[from] EngineError),
+    /// The bus is unavailable or unfit.
+    #[error("cannot join the cluster")]
+    Bus(#[from] efferent_bus::Error),
+}
+
+#[derive(Debug)]
+struct Worker {
+    ledger: Ledger,
+    engine: EngineLoop,
+    member: Member,
+    cancellations: Cancellations,
+    /// Cancelled at the end of the grace period.
+    abandoned: CancellationToken,
+}
+
+/// Serves until `shutdown`: loads the hand, registers, works, and at the end finishes what it has.
+///
+/// # Errors
+/// If the hand cannot be loaded or the bus is unavailable at the start.
+pub async fn run(
+    options: Options,
+    factory: Factory<dyn Hand>,
+    devices: Vec<String>,
+    ledger: Ledger,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) -> Result<(), Error> {
+    let (engine, spec) = EngineLoop::start(factory).await?;
+    let model = spec.model.clone();
+    ledger.declare_queues(&model).await?;
+    let cancellations = Cancellations::listen(ledger.bus()).await?;
+    let capacity = if options.max_images == 0 { spec.max_batch.max(1) } else { options.max_images };
+    let profile = Profile {
+        role: WorkerRole::Hand,
+        models: vec![model.clone()],
+        devices,
+        capacity: capacity as u32,
+        simulated: spec.simulated,
+    };
+    let member = Member::join(ledger.clone(), profile).await?;
+    readiness.set(true);
+    tracing::info!(worker_id = member.id(), model = model.name, hand = model.hand, "hand is ready");
+    let worker = Arc::new(Worker { ledger, engine, member, cancellations, abandoned: CancellationToken::new() });
+    work(capacity, options.grace, &worker, &model, &shutdown).await;
+    if let Some(worker) = Arc::into_inner(worker) {
+        worker.member.leave().await;
+    }
+    Ok(())
+}
+
+async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
+    let lanes = names::LANES.iter().map(|lane| names::hand_queue(&model.hand, *lane)).collect();
+    let intake = Intake::new(worker.ledger.bus().clone(), lanes);
+    let tasks = TaskTracker::new();
+    let room = Arc::new(Semaphore::new(capacity));
+    while !shutdown.is_triggered() {
+        let first = tokio::select! {
+            permit = room.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
+            () = shutdown.requested() => break,
+        };
+        // No more than can be started: what waits here could be rendered by another hand.
+        let free = room.available_permits();
+        let more = room.clone().try_acquire_many_owned(free as u32).ok().filter(|_| free > 0);
+        let mut permits = first;
+        if let Some(more) = more {
+            permits.merge(more);
+        }
+        for delivery in intake.next(permits.num_permits()).await {
+            let Some(permit) = permits.split(1) else { break };
+            let worker = worker.clone();
+            tasks.spawn(async move {
+                worker.render(delivery).await;
+                drop(permit);
+            });
+        }
+    }
+    worker.member.drain();
+    tasks.close();
+    if tokio::time::timeout(grace, tasks.wait()).await.is_err() {
+        tracing::warn!("images were left in hand at the end of the grace period; they go back to the queue");
+        worker.abandoned.cancel();
+        let _ = tokio::time::timeout(grace.min(Duration::from_secs(5)), tasks.wait()).await;
+    }
+}
+
+impl Worker {
+    async fn render(&self, delivery: Delivery) {
+        let _in_flight = self.member.hold();
+        let task = match HandTask::decode(delivery.payload.clone()) {
+            Ok(task) => task,
+            Err(error) => {
+                tracing::error!(job_id = delivery.job, %error, "a task cannot be decoded; dropped");
+                let _ = delivery.lease.terminate("malformed").await;
+                return;
+            }
+        };
+        if let Err(error) = self.settle(delivery, &task).await {
+            tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
+        }
+    }
+
+    async fn settle(&self, delivery: Delivery, task: &HandTask) -> efferent_bus::Result<()> {
+        let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
+        let admission =
+            task::admit(&self.ledger, self.member.id(), &self.cancellations, delivery, task.expires_at_ms, &rendering)
+                .await?;
+        let Admission::Go(held, record) = admission else { return Ok(()) };
+        // An earlier attempt may have recorded the image and died before it could say so.
+        if let Some(image) = self.ledger.result(&task.job_id, task.image_index).await? {
+            self.ledger.apply(&task.job_id, &Transition::Image(image)).await?;
+            return held.done().await;
+        }
+        let signal = match self.signal(task).await? {
+            Ok(signal) => signal,
+            Err(error) => return held.failed(&error).await,
+        };
+        let request = task.request.clone().unwrap_or_default();
+        let (updates, heard) = mpsc::unbounded_channel();
+        let unwanted = CancellationToken::new();
+        self.engine.submit(Order {
+            request: render_request(&request, task.seed, signal),
+            preview_interval: request.preview_interval,
+            unwanted: unwanted.clone(),
+            updates,
+        });
+        let number = record.job.as_ref().map_or(0, |job| job.last_event);
+        // However this ends, the sample leaves the batch.
+        let _leave = unwanted.clone().drop_guard();
+        let ending = tokio::select! {
+            ending = self.follow(heard, task, &record, number) => ending,
+            () = held.unwanted() => return held.stopped(task.expires_at_ms).await,
+            () = self.abandoned.cancelled() => return held.hand_back().await,
+        };
+        match ending {
+            Ok((picture, render_time)) => self.record(*held, task, picture, render_time).await,
+            Err(error) => held.failed(&error).await,
+        }
+    }
+
+    /// The control signal of a task; the inner error is the task's, the outer one the bus's.
+    async fn signal(&self, task: &HandTask) -> efferent_bus::Result<Result<Arc<ControlSignal>, EngineError>> {
+        let refused = |message: String| Ok(Err(ApiError::new(ErrorCode::Internal, message).into()));
+        match &task.signal {
+            Some(hand_task::Signal::Inline(signal)) => Ok(Ok(Arc::new(signal.clone()))),
+            Some(hand_task::Signal::Stored(hash)) => match read_object(self.ledger.bus().as_ref(), hash).await? {
+                Some(bytes) => match ControlSignal::decode(bytes) {
+                    Ok(signal) => Ok(Ok(Arc::new(signal))),
+                    Err(error) => refused(format!("the stored control signal cannot be decoded: {error}")),
+                },
+                None => refused(format!("the control signal {hash} is not in the object store any more")),
+            },
+            None => refused("the task has no control signal".to_owned()),
+        }
+    }
+
+    /// Passes progress on until the picture is there.
+    async fn follow(
+        &self,
+        mut heard: mpsc::UnboundedReceiver<Update>,
+        task: &HandTask,
+        record: &JobRecord,
+        number: u64,
+    ) -> Result<(RgbImage, Duration), EngineError> {
+        let steps = task.request.as_ref().map_or(0, GenerateRequest::steps);
+        let (image_index, job_id) = (task.image_index, task.job_id.clone());
+        let subject = names::job_events(efferent_bus::ledger::job_id(record));
+        let tell = |event: Event| {
+            let time = Some(time::timestamp(SystemTime::now()));
+            let event = encode(&JobEvent { job_id: job_id.clone(), number, time, event: Some(event) });
+            let subject = &subject;
+            // At most once: progress that is lost is overtaken by the next step.
+            async move { drop(self.ledger.bus().emit(subject, event).await) }
+        };
+        while let Some(update) = heard.recv().await {
+            match update {
+                Update::Step(step) => tell(Event::Step(Step { image_index, step, steps })).await,
+                Update::Preview(step, picture) => match files::preview(&picture) {
+                    Ok(png) => {
+                        let png = png.to_vec();
+                        tell(Event::Preview(Preview { image_index, step, steps, png: png.into() })).await;
+                    }
+                    Err(error) => tracing::warn!(%error, "no preview"),
+                },
+                Update::Finished(picture, render_time) => return Ok((picture, render_time)),
+                Update::Failed(error) => return Err(error),
+                Update::Stopped => break,
+            }
+        }
+        Err(EngineError::Crashed("the engine let go of an image".to_owned()))
+    }
+
+    /// File, then result, then event, then the task: in this order nothing is acknowledged that is not durable.
+    async fn record(
+        &self,
+        held: Held,
+        task: &HandTask,
+        picture: RgbImage,
+        render_time: Duration,
+    ) -> efferent_bus::Result<()> {
+        metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
+        let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
+        let owned = task.clone();
+        let file = match tokio::task::spawn_blocking(move || files::encode(&picture, &owned)).await {
+            Ok(Ok(file)) => file,
+            Ok(Err(error)) => return held.failed(&EngineError::compute("cannot encode the picture", error)).await,
+            Err(error) => return held.failed(&EngineError::Crashed(error.to_string())).await,
+        };
+        let length = file.len() as u64;
+        let hash = self.ledger.bus().put_object(file, Some(self.ledger.options().retention)).await?;
+        let mut image = Image {
+            image_index: task.image_index,
+            hash,
+            length,
+            size: Some(size),
+            seed: task.seed,
+            worker_id: self.member.id().to_owned(),
+            attempt: held.attempt(),
+            render_time: Some(time::proto_duration(render_time)),
+            model_revision: task.model.as_ref().map(|model| model.revision.clone()).unwrap_or_default(),
+            ..Default::default()
+        };
+        image.set_format(task.request.as_ref().map(GenerateRequest::format).unwrap_or_default());
+        let image = self.ledger.record_result(&task.job_id, image).await?;
+        self.ledger.apply(&task.job_id, &Transition::Image(image)).await?;
+        metrics::counter!("efferent_images_total").increment(1);
+        held.done().await
+    }
+}
+
+fn render_request(request: &GenerateRequest, seed: u64, signal: Arc<ControlSignal>) -> RenderRequest {
+    RenderRequest {
+        signal,
+        size: request.size.unwrap_or_default(),
+        steps: request.steps(),
+        guidance_scale: request.guidance_scale(),
+        seed,
+        sampler: request.sampler.clone(),
+    }
+}
