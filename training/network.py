@@ -20,7 +20,7 @@ class RMS(nn.Module):
         self.w = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.w, 1e-6)
+        return F.rms_norm(x, (x.shape[-1],), self.w.to(x.dtype), 1e-6)
 
 
 class Attn(nn.Module):
