@@ -4,6 +4,8 @@ export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 .PHONY: test lint tools
 
 test: tools lint
+	cargo build --release --workspace
+	target/release/efferent models fetch
 	cargo nextest run --release --workspace --no-tests pass
 
 lint:

@@ -1,3 +1,148 @@
-//! The `efferent` command (to come).
+//! The `efferent` command.
+//!
+//! Read in this order: [`args`] (what can be typed), [`settings`] (defaults, file, environment, flags), [`client`] (asking a server),
+//! [`local`] (serving, and `generate` without a server), [`exit`] (exit codes and the one line that says why), [`output`].
+//!
+//! | exit code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | the job failed, or an internal fault |
+//! | 2 | malformed command line |
+//! | 3 | refused: a field or limit of the request, an unknown model, job or image |
+//! | 4 | not available now (no server, no worker, queue full): trying again may help |
+//! | 5 | the job was cancelled |
+//! | 6 | the job's deadline passed |
+//! | 64 | wrong configuration; nothing was started |
+//! | 69 | the brain's weights could not be fetched |
+//! | 74 | a file could not be read or written |
+//! | 130 | Ctrl-C (in `generate`, the job is cancelled) |
+//!
+//! With the cargo feature `local` (the default) it serves as well as asks; without, it is a client that needs nothing of ours but the
+//! wire. Deliberately absent: anything that a server decides. A request is checked there, not here.
 
-fn main() {}
+mod args;
+mod client;
+mod exit;
+#[cfg(feature = "local")]
+mod local;
+mod output;
+mod settings;
+
+use std::{path::Path, process::ExitCode, time::Duration};
+
+use clap::{ArgMatches, FromArgMatches as _};
+
+use crate::{
+    args::{Cli, Do},
+    client::{Server, cluster, files::Plan, follow::Follow, generate, jobs, progress::Progress},
+    exit::{Exit, Failure},
+    settings::Settings,
+};
+
+/// How long the process waits at its end for what runs in the background.
+const FAREWELL: Duration = Duration::from_millis(100);
+
+fn main() -> ExitCode {
+    let matches = args::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let json = wants_json(&cli.command);
+    match run(&cli.command, &matches) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(json),
+    }
+}
+
+fn run(command: &Do, matches: &ArgMatches) -> Result<(), Failure> {
+    let mut levels = vec![matches];
+    while let Some((_, inner)) = levels.last().and_then(|last| last.subcommand()) {
+        levels.push(inner);
+    }
+    let settings = settings::load(&levels, std::env::vars_os()).map_err(|error| match error {
+        settings::Error::Flag(_) => Failure::new(Exit::Usage, error),
+        _ => Failure::new(Exit::Config, error),
+    })?;
+    match command {
+        Do::Config => output::line(settings.describe().trim_end()),
+        Do::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut args::command(), "efferent", &mut script);
+            output::bytes(&script)
+        }
+        Do::Ready { address } => client::ready::ask(address),
+        command => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+            let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, error))?;
+            let outcome = runtime.block_on(run_async(command, &settings));
+            runtime.shutdown_timeout(FAREWELL);
+            outcome
+        }
+    }
+}
+
+async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
+    #[cfg(feature = "local")]
+    {
+        use local::serve::{self, Role};
+        let role = match command {
+            Do::Up => Some(Role::Up),
+            Do::Coordinator => Some(Role::Coordinator),
+            Do::Brain => Some(Role::Brain),
+            Do::Hand => Some(Role::Hand),
+            _ => None,
+        };
+        if let Some(role) = role {
+            let telemetry = local::telemetry(settings, &format!("efferent-{}", role.name()), "info")?;
+            return serve::run(settings, role, &telemetry).await;
+        }
+    }
+    #[cfg(feature = "local")]
+    let _telemetry = local::telemetry(settings, "efferent-cli", "warn")?;
+    let named = settings.client.server.as_str();
+    let server = || Server::parse(if named.is_empty() { client::USUAL } else { named });
+    match command {
+        Do::Generate(args) => generate(args, settings).await,
+        Do::Models(args) => match &args.command {
+            #[cfg(feature = "local")]
+            Some(args::ModelsDo::Fetch { name }) => local::models::fetch(settings, name.as_deref()),
+            #[cfg(feature = "local")]
+            None if named.is_empty() => local::models::list(settings, args.json),
+            _ => cluster::list_models(server()?, args.json).await,
+        },
+        Do::Workers(args) => cluster::list_workers(server()?, args.json).await,
+        Do::Status(args) => cluster::show_status(server()?, args.json).await,
+        Do::Watch(args) => jobs::watch(server()?, args).await,
+        Do::Job(args) => jobs::show(server()?, args).await,
+        Do::Cancel(args) => jobs::cancel(server()?, args).await,
+        Do::Image(args) => jobs::image(server()?, args).await,
+        other => Err(Failure::words(Exit::Failed, format!("{other:?} has no place here"))),
+    }
+}
+
+async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Failure> {
+    let plan = Plan::new(&args.prompt, args.output.as_deref().map(Path::new), args.format, args.count)?;
+    let pictures = !args.no_show && !args.json && !plan.is_stdout();
+    let progress = Progress::new("starting", pictures);
+    let named = settings.client.server.as_str();
+    #[cfg(feature = "local")]
+    if named.is_empty() || args.local {
+        if args.detach {
+            return Err(Failure::words(Exit::Usage, "--detach needs a --server that goes on with the job"));
+        }
+        return local::private::run(settings, args, &plan, progress).await;
+    }
+    let server = Server::parse(if named.is_empty() { client::USUAL } else { named })?;
+    let request = generate::request(args, &settings.client.model, &plan);
+    generate::run(Follow::submit(server, request), args, &plan, progress, std::future::pending()).await
+}
+
+/// Whether stdout is for scripts, so that failures must be told there too.
+fn wants_json(command: &Do) -> bool {
+    match command {
+        Do::Generate(args) => args.json && args.output.as_deref() != Some(Path::new("-")),
+        Do::Models(args) => args.json,
+        Do::Workers(args) | Do::Status(args) => args.json,
+        Do::Watch(args) => args.json,
+        Do::Job(args) | Do::Cancel(args) => args.json,
+        _ => false,
+    }
+}

@@ -17,17 +17,27 @@ use crate::Shutdown;
 
 /// Whether a process takes work now: set by the process, read by `/readyz`.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicBool>);
+pub struct Readiness {
+    ready: Arc<AtomicBool>,
+    parts: Arc<[Readiness]>,
+}
 
 impl Readiness {
+    /// Work is taken when all of these take it: several services in one process.
+    pub fn all(parts: impl Into<Arc<[Readiness]>>) -> Self {
+        let this = Self { parts: parts.into(), ..Self::default() };
+        this.set(true);
+        this
+    }
+
     /// Says whether work is taken.
     pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+        self.ready.store(ready, Ordering::Release);
     }
 
     /// Whether work is taken.
     pub fn get(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.ready.load(Ordering::Acquire) && self.parts.iter().all(Self::get)
     }
 }
 
@@ -76,5 +86,21 @@ async fn ready(State(context): State<Context>) -> (StatusCode, String) {
         Ok(Ok(())) => (StatusCode::OK, "ready\n".to_owned()),
         Ok(Err(error)) => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {error}\n")),
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "not ready: the queue does not answer\n".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_ready_when_its_parts_are() {
+        let parts = [Readiness::default(), Readiness::default()];
+        let all = Readiness::all(parts.clone());
+        for (first, second) in [(false, false), (true, false), (false, true), (true, true)] {
+            parts[0].set(first);
+            parts[1].set(second);
+            assert_eq!(all.get(), first && second);
+        }
     }
 }

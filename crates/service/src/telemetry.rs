@@ -1,10 +1,12 @@
-//! Logs and metrics of a process.
+//! Logs, metrics and traces of a process.
 
 use std::sync::OnceLock;
 
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde::{Deserialize, Serialize};
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
+
+use crate::trace;
 
 /// How a process tells what it does.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -14,6 +16,8 @@ pub struct Options {
     pub filter: String,
     /// Form of log lines. Default `text`.
     pub format: Format,
+    /// Collector of OpenTelemetry that gets traces (OTLP over gRPC): `http://host:4317`. Empty for none, which is the default.
+    pub otlp: String,
 }
 
 /// Form of log lines.
@@ -29,7 +33,7 @@ pub enum Format {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { filter: "info".to_owned(), format: Format::Text }
+        Self { filter: "info".to_owned(), format: Format::Text, otlp: String::new() }
     }
 }
 
@@ -45,26 +49,51 @@ pub enum Error {
         #[source]
         source: tracing_subscriber::filter::ParseError,
     },
+    /// Traces cannot be exported.
+    #[error("traces cannot be exported to {collector:?}: {why}")]
+    Exporter {
+        /// As given.
+        collector: String,
+        /// Why not.
+        why: String,
+    },
     /// A logger or a metrics recorder is installed already.
     #[error("telemetry is installed already: {0}")]
     Installed(String),
 }
 
-/// Starts logs (to stderr) and metrics. Once a process.
+/// What keeps telemetry going. Dropping it sends the spans that still wait.
+#[derive(Debug)]
+pub struct Telemetry {
+    /// What `/metrics` is rendered from.
+    pub metrics: PrometheusHandle,
+    #[expect(dead_code, reason = "held for what its drop does")]
+    exporter: Option<trace::Exporter>,
+}
+
+/// Starts logs (to stderr), metrics and, if asked for, the export of traces as those of `service`. Once a process, and with an
+/// exporter inside a runtime.
 ///
 /// # Errors
-/// If the filter is malformed or telemetry was started before.
-pub fn init(options: &Options) -> Result<PrometheusHandle, Error> {
+/// If the filter or the collector's address is malformed, or telemetry was started before.
+pub fn init(options: &Options, service: &str) -> Result<Telemetry, Error> {
     let filter = EnvFilter::try_new(&options.filter)
         .map_err(|source| Error::Filter { filter: options.filter.clone(), source })?;
-    let registry = tracing_subscriber::registry().with(filter);
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    match options.format {
-        Format::Text => registry.with(layer).try_init(),
-        Format::Json => registry.with(layer.json().flatten_event(true)).try_init(),
-    }
-    .map_err(|error| Error::Installed(error.to_string()))?;
-    metrics()
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match options.format {
+        Format::Text => lines.boxed(),
+        Format::Json => lines.json().flatten_event(true).boxed(),
+    };
+    let exporter = match options.otlp.as_str() {
+        "" => None,
+        collector => Some(trace::Exporter::new(collector, service)?),
+    };
+    let registry = tracing_subscriber::registry().with(lines.with_filter(filter));
+    registry
+        .with(exporter.as_ref().map(trace::Exporter::layer))
+        .try_init()
+        .map_err(|error| Error::Installed(error.to_string()))?;
+    Ok(Telemetry { metrics: metrics()?, exporter })
 }
 
 /// Starts metrics without logs; the same recorder each time.
@@ -85,5 +114,6 @@ pub fn metrics() -> Result<PrometheusHandle, Error> {
         })
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|error| Error::Installed(error.to_string()))?;
+    metrics::gauge!("efferent_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     Ok(HANDLE.get_or_init(|| handle).clone())
 }

@@ -1,5 +1,11 @@
 //! Trace context that travels through queue messages, in the W3C form (`traceparent`), so that the log lines of coordinator, brain
 //! and hand about one request carry one trace id, and so do those of a caller that sends its own.
+//!
+//! [`adopt`] joins a span of `tracing` to a trace. With the cargo feature `otlp` and a collector ([`Exporter`]), such spans are sent
+//! there, and the contexts that travel name them; without, contexts are made up here and lead through the logs all the same.
+
+#[cfg(feature = "otlp")]
+mod otlp;
 
 use std::{
     collections::BTreeMap,
@@ -47,9 +53,14 @@ impl Context {
         .then(|| Self { trace_id: trace_id.to_owned(), span_id: span_id.to_owned(), flags: flags.to_owned() })
     }
 
+    /// The context in a message's headers.
+    pub fn given(headers: &BTreeMap<String, String>) -> Option<Self> {
+        headers.get(HEADER).and_then(|value| Self::parse(value))
+    }
+
     /// The context in a message's headers, or a new trace.
     pub fn of(headers: &BTreeMap<String, String>) -> Self {
-        headers.get(HEADER).and_then(|value| Self::parse(value)).unwrap_or_else(Self::root)
+        Self::given(headers).unwrap_or_else(Self::root)
     }
 
     /// A span of the same trace.
@@ -66,6 +77,43 @@ impl Context {
     /// Headers that carry it.
     pub fn headers(&self) -> BTreeMap<String, String> {
         BTreeMap::from([(HEADER.to_owned(), self.value())])
+    }
+}
+
+/// Makes a span part of a trace, or the start of one, and returns the context for what the span causes. To be called before the span is
+/// entered.
+pub fn adopt(span: &tracing::Span, parent: Option<&Context>) -> Context {
+    #[cfg(feature = "otlp")]
+    if let Some(context) = otlp::adopt(span, parent) {
+        return context;
+    }
+    // Nothing exports the span, so there is nothing to tell it.
+    let _ = span;
+    parent.map_or_else(Context::root, Context::child)
+}
+
+#[cfg(feature = "otlp")]
+pub use otlp::Exporter;
+
+/// What sends spans to a collector; this build has none (cargo feature `otlp`).
+#[cfg(not(feature = "otlp"))]
+#[derive(Debug)]
+pub enum Exporter {}
+
+#[cfg(not(feature = "otlp"))]
+impl Exporter {
+    /// Refuses: without the feature there is no exporter.
+    ///
+    /// # Errors
+    /// Always.
+    pub fn new(collector: &str, _service: &str) -> Result<Self, crate::telemetry::Error> {
+        let why = "this program was built without the cargo feature `otlp`".to_owned();
+        Err(crate::telemetry::Error::Exporter { collector: collector.to_owned(), why })
+    }
+
+    /// What feeds it.
+    pub fn layer(&self) -> tracing_subscriber::layer::Identity {
+        match *self {}
     }
 }
 

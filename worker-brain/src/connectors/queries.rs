@@ -126,3 +126,32 @@ impl Connector {
         ops::rms_norm(&x.narrow(1, 0, queries)?, &self.output_norm, EPS)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use candle_core::Device;
+
+    use super::*;
+
+    /// Tolerance: 1e-5 of values of about 1. `tests/connector/reference.py` makes the file.
+    #[test]
+    fn agrees_with_the_training_code() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/connector/queries.safetensors");
+        let mut weights = Weights::open_safetensors(&path, &Device::Cpu).unwrap();
+        let (states, mask) = (weights.get("golden.states", &[2, 7, 24]), weights.get("golden.mask", &[2, 7]));
+        let batch = weights.get("golden.batch", &[2, 3, 16]);
+        let single = weights.get("golden.single", &[1, 3, 16]);
+        let config = Config { states: 24, queries: 3, width: 16, heads: 2, layers: 2, max_tokens: 9 };
+        let connector = Connector::new(config, &mut weights).unwrap();
+        weights.finish().unwrap();
+        let short = states.narrow(0, 1, 1).unwrap().narrow(1, 0, 4).unwrap();
+        let all = Tensor::ones((1, 4), states.dtype(), &Device::Cpu).unwrap();
+        for (states, mask, golden) in [(states, mask, batch), (short, all, single)] {
+            let got = connector.forward(&states, &mask).unwrap();
+            let error = (got - golden).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(error < 1e-5, "{error}");
+        }
+    }
+}

@@ -96,3 +96,31 @@ impl Hand for Sim {
         Ok(sample)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use efferent_proto::{
+        internal::{ControlHeader, ControlSignal},
+        v1::Size,
+    };
+
+    use super::*;
+
+    #[test]
+    fn the_contract_holds() {
+        let header = ControlHeader { schema_version: 1, space: Some(sim::space()), ..Default::default() };
+        let signal = Arc::new(ControlSignal { header: Some(header), ..Default::default() });
+        let request = |seed: u64| RenderRequest {
+            signal: signal.clone(),
+            size: Size { width: 32, height: 32 },
+            steps: 2 + seed as u32,
+            guidance_scale: 1.0,
+            seed,
+            sampler: "euler".to_owned(),
+        };
+        let mut hand = factory(Cost { max_batch: 4, ..Cost::default() })().unwrap();
+        efferent_worker::testing::check_hand(hand.as_mut(), &[request(0), request(1), request(2)]);
+    }
+}

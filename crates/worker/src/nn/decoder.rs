@@ -309,7 +309,7 @@ impl Layer {
             scale: 1.0 / (config.logit_width.unwrap_or(config.head_width) as f64).sqrt(),
             soft_cap: config.soft_cap,
         };
-        let bias = pass.windowed_bias.as_ref().filter(|_| index % 2 == 0).unwrap_or(&pass.bias);
+        let bias = pass.windowed_bias.as_ref().filter(|_| index.is_multiple_of(2)).unwrap_or(&pass.bias);
         let attended = attend(&q, &k, &v, Some(bias), logits)?.flatten_from(2)?;
         let x = (x + also(self.output.forward(&attended)?, &self.attention_output_norm)?)?;
         let h = normed(&x, &self.mlp_norm)?;

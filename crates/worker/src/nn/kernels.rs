@@ -17,7 +17,7 @@ fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
-    let r = x - n * 0.693_359_375 + n * 2.121_944_4e-4;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
     let p = 1.987_569_1e-4 * r + 1.398_199_9e-3;
     let p = p * r + 8.333_452e-3;
     let p = p * r + 4.166_579_6e-2;
@@ -58,7 +58,7 @@ pub(super) fn gelu(values: &[f32]) -> Vec<f32> {
     map(
         values,
         #[inline(always)]
-        |x| x / (1.0 + exp(-1.595_769_1 * (x + 0.044_715 * x * x * x))),
+        |x| x / (1.0 + exp(-1.595_769_2 * (x + 0.044_715 * x * x * x))),
     )
 }
 

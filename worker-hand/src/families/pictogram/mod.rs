@@ -4,6 +4,8 @@
 
 mod decode;
 mod network;
+#[cfg(test)]
+mod tests;
 
 use bytes::Bytes;
 use candle_core::{Device, Tensor};

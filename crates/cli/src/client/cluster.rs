@@ -1,0 +1,103 @@
+//! `models --server`, `workers`, `status`.
+
+use efferent_proto::v1::{GetStatusRequest, ListModelsRequest, ListWorkersRequest, Model};
+use serde_json::json;
+
+use crate::{
+    client::{Server, cluster, json},
+    exit::Failure,
+    output,
+};
+
+/// Models of a server.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn models(server: &mut Server) -> Result<Vec<Model>, Failure> {
+    let answer = cluster(server.connect().await?).list_models(ListModelsRequest {}).await;
+    Ok(answer.map_err(|status| Failure::status(&status))?.into_inner().models)
+}
+
+/// Prints the models of a server.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn list_models(mut server: Server, as_json: bool) -> Result<(), Failure> {
+    let models = models(&mut server).await?;
+    if as_json {
+        return output::line(json!({ "models": models.iter().map(json::model).collect::<Vec<_>>() }));
+    }
+    let mut rows = vec![row(["NAME", "BRAINS", "HANDS", "SIZES", "STEPS", "SAMPLERS", "DESCRIPTION"])];
+    rows.extend(models.iter().map(|model| {
+        let sizes: Vec<_> = model.sizes.iter().map(json::size).collect();
+        vec![
+            model.name.clone(),
+            model.live_brains.to_string(),
+            model.live_hands.to_string(),
+            sizes.join(","),
+            format!("{} (<= {})", model.default_steps, model.max_steps),
+            model.samplers.join(","),
+            model.description.clone(),
+        ]
+    }));
+    output::line(output::table(&rows))
+}
+
+/// Prints the live workers of a server.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn list_workers(mut server: Server, as_json: bool) -> Result<(), Failure> {
+    let answer = cluster(server.connect().await?).list_workers(ListWorkersRequest {}).await;
+    let workers = answer.map_err(|status| Failure::status(&status))?.into_inner().workers;
+    if as_json {
+        return output::line(json!({ "workers": workers.iter().map(json::worker).collect::<Vec<_>>() }));
+    }
+    let mut rows = vec![row(["ID", "ROLE", "STATE", "MODELS", "DEVICES", "IN HAND", "HOST", "PID"])];
+    rows.extend(workers.iter().map(|worker| {
+        let models: Vec<_> = worker.models.iter().map(|model| model.name.as_str()).collect();
+        let simulated = if worker.simulated { " (simulated)" } else { "" };
+        vec![
+            worker.id.clone(),
+            json::role(worker.role()),
+            json::worker_state(worker.state()),
+            format!("{}{simulated}", models.join(",")),
+            worker.devices.join(","),
+            format!("{} of {}", worker.in_flight, worker.capacity),
+            worker.host.clone(),
+            worker.pid.to_string(),
+        ]
+    }));
+    output::line(output::table(&rows))
+}
+
+/// Prints a server's status.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn show_status(mut server: Server, as_json: bool) -> Result<(), Failure> {
+    let answer = cluster(server.connect().await?).get_status(GetStatusRequest {}).await;
+    let status = answer.map_err(|status| Failure::status(&status))?.into_inner();
+    if as_json {
+        return output::line(json::status(&status));
+    }
+    output::line(format_args!(
+        "version {}, queue {}, {} workers, {} open streams",
+        status.version, status.bus, status.workers, status.open_streams
+    ))?;
+    let mut rows = vec![row(["QUEUE", "WAITING", "IN HAND", "CAPACITY", "OLDEST"])];
+    rows.extend(status.queues.iter().map(|queue| {
+        vec![
+            queue.name.clone(),
+            queue.ready.to_string(),
+            queue.leased.to_string(),
+            queue.capacity.to_string(),
+            format!("{:.1} s", queue.oldest_age_seconds),
+        ]
+    }));
+    output::line(output::table(&rows))
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).to_vec()
+}

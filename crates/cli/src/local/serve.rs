@@ -1,0 +1,329 @@
+//! `up`, `coordinator`, `brain`, `hand`: services on a bus, until they are told to stop.
+
+use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use efferent_bus::{SharedBus, embedded::Embedded, ledger::Ledger, nats::Nats};
+use efferent_service::{
+    Shutdown,
+    admin::{self, Readiness},
+    telemetry::Telemetry,
+};
+use tokio::{
+    net::TcpListener,
+    task::{JoinHandle, JoinSet},
+};
+
+use crate::{
+    exit::{Exit, Failure},
+    local::engines::Engines,
+    output,
+    settings::{Local, Settings},
+};
+
+/// How often to look whether every service is ready.
+const READY_POLL: Duration = Duration::from_millis(5);
+/// How long to wait for a NATS server that is not there yet.
+const BUS_PATIENCE: Duration = Duration::from_secs(15);
+const BUS_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a server process does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Everything.
+    Up,
+    /// The front door.
+    Coordinator,
+    /// Prompts to control signals.
+    Brain,
+    /// Control signals to pictures.
+    Hand,
+}
+
+impl Role {
+    /// Its name.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Up => "up",
+            Self::Coordinator => "coordinator",
+            Self::Brain => "brain",
+            Self::Hand => "hand",
+        }
+    }
+
+    fn has(self, part: Role) -> bool {
+        self == Self::Up || self == part
+    }
+
+    fn admin_port(self) -> u16 {
+        match self {
+            Self::Up | Self::Coordinator => 9090,
+            Self::Brain => 9091,
+            Self::Hand => 9092,
+        }
+    }
+}
+
+/// Services of one process that stop together.
+#[derive(Debug)]
+pub(crate) struct Services {
+    ledger: Ledger,
+    shutdown: Shutdown,
+    tasks: JoinSet<Result<(), Failure>>,
+    readiness: Vec<Readiness>,
+}
+
+impl Services {
+    /// None yet, on these records, to be stopped by `shutdown`.
+    pub(crate) fn new(ledger: Ledger, shutdown: Shutdown) -> Self {
+        Self { ledger, shutdown, tasks: JoinSet::new(), readiness: Vec::new() }
+    }
+
+    fn start(&mut self, service: impl Future<Output = Result<(), Failure>> + Send + 'static, readiness: Readiness) {
+        self.readiness.push(readiness);
+        self.tasks.spawn(service);
+    }
+
+    /// Starts the front door.
+    pub(crate) fn coordinator(&mut self, settings: &Local, listener: TcpListener) {
+        let (options, ledger, shutdown) = (settings.coordinator.clone(), self.ledger.clone(), self.shutdown.clone());
+        let readiness = Readiness::default();
+        let service = efferent_coordinator::run(options, ledger, listener, readiness.clone(), shutdown);
+        let exit = |error: &_| match error {
+            efferent_coordinator::Error::Bus(error) => bus_exit(error),
+            _ => Exit::Failed,
+        };
+        self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
+    }
+
+    /// Starts a brain.
+    pub(crate) fn brain(&mut self, settings: &Local, engines: &Engines) {
+        let (options, factory) = (settings.brain.clone(), engines.brain(&settings.home));
+        let (ledger, shutdown, readiness) = (self.ledger.clone(), self.shutdown.clone(), Readiness::default());
+        let devices = engines.devices.clone();
+        let service = efferent_brain::run(options, factory, devices, ledger, readiness.clone(), shutdown);
+        let exit = |error: &_| match error {
+            efferent_brain::Error::Engine(_) => Exit::Config,
+            efferent_brain::Error::Bus(error) => bus_exit(error),
+        };
+        self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
+    }
+
+    /// Starts a hand.
+    pub(crate) fn hand(&mut self, settings: &Local, engines: &Engines) {
+        let (options, factory) = (settings.hand.clone(), engines.hand());
+        let (ledger, shutdown, readiness) = (self.ledger.clone(), self.shutdown.clone(), Readiness::default());
+        let devices = engines.devices.clone();
+        let service = efferent_hand::run(options, factory, devices, ledger, readiness.clone(), shutdown);
+        let exit = |error: &_| match error {
+            efferent_hand::Error::Engine(_) => Exit::Config,
+            efferent_hand::Error::Bus(error) => bus_exit(error),
+        };
+        self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
+    }
+
+    /// Whether every service takes work.
+    pub(crate) fn readiness(&self) -> Readiness {
+        Readiness::all(self.readiness.clone())
+    }
+
+    /// Waits until every service takes work; false if they were told to stop before.
+    ///
+    /// # Errors
+    /// If one fails.
+    pub(crate) async fn ready(&mut self) -> Result<bool, Failure> {
+        let readiness = self.readiness();
+        while !readiness.get() {
+            tokio::select! {
+                () = tokio::time::sleep(READY_POLL) => {}
+                () = self.shutdown.requested() => return Ok(false),
+                failure = self.broken() => return Err(failure),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Waits until a service ends though none was told to.
+    pub(crate) async fn broken(&mut self) -> Failure {
+        loop {
+            match self.tasks.join_next().await {
+                Some(Ok(Err(failure))) => return failure,
+                Some(Ok(Ok(()))) if self.shutdown.is_triggered() => {}
+                Some(Ok(Ok(()))) => return Failure::words(Exit::Failed, "a service ended by itself"),
+                Some(Err(error)) => {
+                    return Failure::new(Exit::Failed, anyhow::Error::new(error).context("a service crashed"));
+                }
+                None => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Waits until all have ended, and stops the others as soon as one fails.
+    ///
+    /// # Errors
+    /// The first failure.
+    pub(crate) async fn finish(mut self) -> Result<(), Failure> {
+        let mut outcome = tokio::select! {
+            () = self.shutdown.requested() => Ok(()),
+            failure = self.broken() => Err(failure),
+        };
+        self.shutdown.trigger();
+        while let Some(ended) = self.tasks.join_next().await {
+            if let Ok(Err(failure)) = ended
+                && outcome.is_ok()
+            {
+                outcome = Err(failure);
+            }
+        }
+        outcome
+    }
+}
+
+/// The exit code of a failure of the bus.
+pub(crate) fn bus_exit(error: &efferent_bus::Error) -> Exit {
+    match error {
+        efferent_bus::Error::Unfit(_) | efferent_bus::Error::Usage(_) => Exit::Config,
+        _ => Exit::Unavailable,
+    }
+}
+
+/// Serves until Ctrl-C or SIGTERM.
+///
+/// # Errors
+/// If the configuration is wrong (before anything is started), weights cannot be had, or a service fails.
+pub(crate) async fn run(settings: &Settings, role: Role, telemetry: &Telemetry) -> Result<(), Failure> {
+    let local = &settings.local;
+    if role != Role::Up && local.nats.url.is_empty() {
+        let message = format!("{} needs the queue's server: --nats nats://HOST:4222 (or EFFERENT_NATS)", role.name());
+        return Err(Failure::words(Exit::Config, message));
+    }
+    let engines = match role {
+        Role::Coordinator => None,
+        Role::Up | Role::Brain | Role::Hand => Some(Arc::new(Engines::open(settings)?)),
+    };
+    let shutdown = Shutdown::on_signals()
+        .map_err(|error| Failure::new(Exit::Failed, anyhow::Error::new(error).context("cannot listen for signals")))?;
+    if let Some(engines) = engines.as_ref().filter(|_| role.has(Role::Brain)) {
+        tokio::select! {
+            provided = provide_weights(engines, settings) => provided?,
+            () = shutdown.requested() => return Ok(()),
+        }
+    }
+    let listener = match role.has(Role::Coordinator) {
+        true => Some(bind(local.listen, "--listen").await?),
+        false => None,
+    };
+    let admin_listener = match local.admin.address(role.admin_port()) {
+        Some(address) => Some(bind(address, "--admin").await?),
+        None => None,
+    };
+    let bus = tokio::select! {
+        bus = join_bus(local) => bus?,
+        () = shutdown.requested() => return Ok(()),
+    };
+    let mut services = Services::new(Ledger::new(bus.clone(), local.ledger.options()), shutdown.clone());
+    let mut ready = Vec::new();
+    if let Some(listener) = listener {
+        ready.push(format!("ready  grpc   http://{}", address_of(&listener)));
+        services.coordinator(local, listener);
+    }
+    if let Some(engines) = &engines {
+        let simulated = if engines.is_simulated() { ", simulated: its pictures show nothing" } else { "" };
+        ready.push(format!("ready  model  {}{simulated} ({})", engines.name(), role.name()));
+        if role.has(Role::Brain) {
+            services.brain(local, engines);
+        }
+        if role.has(Role::Hand) {
+            services.hand(local, engines);
+        }
+    }
+    let place =
+        if local.nats.url.is_empty() { local.home.join("data").display().to_string() } else { local.nats.url.clone() };
+    ready.push(format!("ready  queue  {} ({place})", bus.kind()));
+    let admin = admin_listener.map(|listener| {
+        ready.push(format!("ready  admin  http://{}/readyz, /healthz, /metrics", address_of(&listener)));
+        serve_admin(listener, services.readiness(), bus, telemetry)
+    });
+    let outcome = match services.ready().await {
+        Ok(true) => {
+            if role == Role::Up {
+                let server = ready[0].rsplit(' ').next().unwrap_or_default();
+                ready.push(format!(
+                    "try    efferent generate --server {server} \"a red apple\"    (Ctrl-C stops the server)"
+                ));
+            }
+            // Whoever started the server may have stopped reading.
+            let _ = output::line(ready.join("\n"));
+            services.finish().await
+        }
+        Ok(false) => services.finish().await,
+        Err(failure) => {
+            shutdown.trigger();
+            let _ = services.finish().await;
+            Err(failure)
+        }
+    };
+    // Last, so that operators can watch the others stop.
+    if let Some(admin) = admin {
+        admin.abort();
+    }
+    outcome
+}
+
+/// Fetches missing weights without holding up the runtime.
+///
+/// # Errors
+/// If they cannot be had.
+pub(crate) async fn provide_weights(engines: &Arc<Engines>, settings: &Settings) -> Result<(), Failure> {
+    let (engines, settings) = (engines.clone(), settings.clone());
+    let provided = tokio::task::spawn_blocking(move || engines.provide_weights(&settings)).await;
+    provided.map_err(|error| Failure::new(Exit::Failed, error))?
+}
+
+async fn bind(address: SocketAddr, flag: &str) -> Result<TcpListener, Failure> {
+    TcpListener::bind(address).await.map_err(|error| {
+        Failure::new(Exit::Config, anyhow::Error::new(error).context(format!("cannot listen on {address} ({flag})")))
+    })
+}
+
+fn address_of(listener: &TcpListener) -> String {
+    listener.local_addr().map(|address| address.to_string()).unwrap_or_default()
+}
+
+fn serve_admin(listener: TcpListener, readiness: Readiness, bus: SharedBus, telemetry: &Telemetry) -> JoinHandle<()> {
+    let metrics = telemetry.metrics.clone();
+    tokio::spawn(async move {
+        if let Err(error) = admin::serve(listener, readiness, bus, metrics, Shutdown::new()).await {
+            tracing::error!(%error, "the admin port has failed");
+        }
+    })
+}
+
+/// The cluster's bus, or this machine's.
+async fn join_bus(local: &Local) -> Result<SharedBus, Failure> {
+    if local.nats.url.is_empty() {
+        return embedded(&local.home.join("data")).await;
+    }
+    let started = tokio::time::Instant::now();
+    loop {
+        match Nats::connect(local.nats.clone()).await {
+            Ok(bus) => return Ok(Arc::new(bus)),
+            Err(error @ efferent_bus::Error::Unavailable { .. }) if started.elapsed() < BUS_PATIENCE => {
+                tracing::warn!(%error, "no queue yet; trying again");
+                tokio::time::sleep(BUS_PAUSE).await;
+            }
+            Err(error) => return Err(Failure::new(bus_exit(&error), error)),
+        }
+    }
+}
+
+/// A bus in a folder.
+///
+/// # Errors
+/// If the folder cannot be used, or another process uses it.
+pub(crate) async fn embedded(folder: &Path) -> Result<SharedBus, Failure> {
+    match Embedded::open(folder).await {
+        Ok(bus) => Ok(Arc::new(bus)),
+        Err(error @ efferent_bus::Error::Unfit(_)) => Err(Failure::new(Exit::Config, error)),
+        Err(error) => Err(Failure::new(Exit::File, error)),
+    }
+}

@@ -1,0 +1,313 @@
+//! Every setting: its key in files and (in capitals, after `EFFERENT_`) in the environment, its flag, and what it does.
+//!
+//! Flags, help texts, the environment's names and `efferent config` are all made from this table, so that they cannot disagree.
+//! Defaults are not in it: they are those of the types in [`super`].
+
+/// Settings that belong together. A command takes the flags of some groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Group {
+    /// Which server to ask.
+    Server,
+    /// Which model.
+    Model,
+    /// Where things are kept, and logs.
+    #[cfg(feature = "local")]
+    Process,
+    /// Where models and weights come from.
+    #[cfg(feature = "local")]
+    Weights,
+    /// What to compute on.
+    #[cfg(feature = "local")]
+    Device,
+    /// The coordinator's port and habits.
+    #[cfg(feature = "local")]
+    Coordinator,
+    /// The admin port.
+    #[cfg(feature = "local")]
+    Admin,
+    /// The queue's server, and what all processes on it must agree on.
+    #[cfg(feature = "local")]
+    Queue,
+    /// The brain worker's habits.
+    #[cfg(feature = "local")]
+    Brain,
+    /// The hand worker's habits.
+    #[cfg(feature = "local")]
+    Hand,
+    /// What simulated engines cost.
+    #[cfg(feature = "local")]
+    Sim,
+}
+
+impl Group {
+    /// Its heading in `--help`.
+    pub(crate) fn heading(self) -> &'static str {
+        match self {
+            Self::Server => "Server",
+            Self::Model => "Model",
+            #[cfg(feature = "local")]
+            Self::Process => "Process",
+            #[cfg(feature = "local")]
+            Self::Weights | Self::Device => "Model",
+            #[cfg(feature = "local")]
+            Self::Coordinator => "Coordinator",
+            #[cfg(feature = "local")]
+            Self::Admin => "Process",
+            #[cfg(feature = "local")]
+            Self::Queue => "Queue",
+            #[cfg(feature = "local")]
+            Self::Brain => "Brain",
+            #[cfg(feature = "local")]
+            Self::Hand => "Hand",
+            #[cfg(feature = "local")]
+            Self::Sim => "Simulated engines (with --model sim)",
+        }
+    }
+}
+
+/// A setting.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Setting {
+    /// Its group.
+    pub(crate) group: Group,
+    /// Dotted key in the configuration file.
+    pub(crate) key: &'static str,
+    /// Its flag, without the dashes.
+    pub(crate) flag: &'static str,
+    /// A word for its value in help texts.
+    pub(crate) value: &'static str,
+    /// What it does, with unit.
+    pub(crate) help: &'static str,
+}
+
+const fn setting(
+    group: Group,
+    key: &'static str,
+    flag: &'static str,
+    value: &'static str,
+    help: &'static str,
+) -> Setting {
+    Setting { group, key, flag, value, help }
+}
+
+impl Setting {
+    /// The environment variable that sets it.
+    pub(crate) fn variable(&self) -> String {
+        let short = match self.key {
+            "nats.url" => "nats",
+            "log.filter" => "log",
+            "log.format" => "log_format",
+            "log.otlp" => "otlp",
+            key => return format!("EFFERENT_{}", key.replace('.', "__").to_uppercase()),
+        };
+        format!("EFFERENT_{}", short.to_uppercase())
+    }
+}
+
+/// Every setting of this build.
+pub(crate) fn all() -> impl Iterator<Item = &'static Setting> {
+    let settings = CLIENT.iter();
+    #[cfg(feature = "local")]
+    let settings = settings.chain(LOCAL);
+    settings
+}
+
+const CLIENT: &[Setting] = &[
+    setting(
+        Group::Server,
+        "server",
+        "server",
+        "URL",
+        "Coordinators to ask, http://HOST:PORT, separated by commas; if one breaks off, the next is asked. `generate` and `models` \
+         work in this process if none is given; other commands then ask http://127.0.0.1:50051",
+    ),
+    setting(
+        Group::Model,
+        "model",
+        "model",
+        "NAME",
+        "Model: a name, or (without --server) a model folder. If none is given, a server picks the only model it serves; without a \
+         server it is pictogram. `sim` stands for simulated engines, which draw no pictures worth seeing",
+    ),
+];
+
+#[cfg(feature = "local")]
+const LOCAL: &[Setting] = &[
+    setting(
+        Group::Process,
+        "home",
+        "home",
+        "FOLDER",
+        "Where fetched weights (brains/) and the embedded queue (data/) are kept",
+    ),
+    setting(
+        Group::Process,
+        "log.filter",
+        "log",
+        "FILTER",
+        "Log lines on stderr, in the form of tracing's directives: info, efferent_hand=debug,warn. If none is given: warn for client \
+         commands, info for servers",
+    ),
+    setting(Group::Process, "log.format", "log-format", "FORMAT", "Form of log lines: text or json"),
+    setting(
+        Group::Process,
+        "log.otlp",
+        "otlp",
+        "URL",
+        "OpenTelemetry collector that gets traces (OTLP over gRPC, http://HOST:4317). None if not given. Needs a build with \
+         --features otlp",
+    ),
+    setting(
+        Group::Weights,
+        "models",
+        "models",
+        "FOLDERS",
+        "Folders of model folders, separated by colons, searched before ./models, models/ and ../share/efferent/models beside the \
+         program, and models/ of its source tree",
+    ),
+    setting(
+        Group::Weights,
+        "offline",
+        "offline",
+        "true|false",
+        "Never fetch the brain's weights: fail if they are missing",
+    ),
+    setting(Group::Weights, "python", "python", "PROGRAM", "Python whose pip fetches the brain's weights"),
+    setting(
+        Group::Device,
+        "device",
+        "device",
+        "DEVICE",
+        "What to compute on: cpu; cuda:N in builds with --features cuda; metal:N in builds with --features metal",
+    ),
+    setting(Group::Coordinator, "listen", "listen", "HOST:PORT", "Address of the gRPC port; port 0 picks a free one"),
+    setting(
+        Group::Coordinator,
+        "coordinator.max_streams",
+        "max-streams",
+        "N",
+        "Most event streams open at once; more are refused",
+    ),
+    setting(
+        Group::Coordinator,
+        "coordinator.default_deadline",
+        "default-deadline",
+        "TIME",
+        "Deadline of requests that name none",
+    ),
+    setting(
+        Group::Coordinator,
+        "coordinator.measure_interval",
+        "measure-interval",
+        "TIME",
+        "How often queue depths are measured for /metrics",
+    ),
+    setting(
+        Group::Coordinator,
+        "coordinator.grace",
+        "coordinator-grace",
+        "TIME",
+        "How long a stop waits for calls in progress",
+    ),
+    setting(
+        Group::Admin,
+        "admin",
+        "admin",
+        "HOST:PORT",
+        "Address of the admin port (/healthz, /readyz, /metrics); port 0 picks a free one; off for none. If none is given: \
+         127.0.0.1, port 9090 for up and coordinator, 9091 for brain, 9092 for hand",
+    ),
+    setting(
+        Group::Queue,
+        "nats.url",
+        "nats",
+        "URL",
+        "NATS servers with JetStream (2.12 or newer), nats://HOST:4222, separated by commas. `up` uses the embedded queue if none \
+         is given",
+    ),
+    setting(
+        Group::Queue,
+        "nats.credentials",
+        "nats-credentials",
+        "FILE",
+        "Credentials for NATS (.creds). None if not given",
+    ),
+    setting(
+        Group::Queue,
+        "nats.prefix",
+        "nats-prefix",
+        "NAME",
+        "What names of streams, buckets and subjects start with: clusters with other prefixes share a server without meeting",
+    ),
+    setting(Group::Queue, "nats.replicas", "nats-replicas", "N", "Copies of every stream in a NATS cluster: 1, 3 or 5"),
+    setting(Group::Queue, "nats.timeout", "nats-timeout", "TIME", "How long a call to NATS waits for an answer"),
+    setting(
+        Group::Queue,
+        "ledger.retention",
+        "retention",
+        "TIME",
+        "How long jobs, results, images and idempotency keys are kept after their last change. The same in every process of a cluster",
+    ),
+    setting(
+        Group::Queue,
+        "ledger.brain_queue",
+        "brain-queue",
+        "TASKS",
+        "Most tasks that wait for a brain, for each brain and lane; more are refused. The same in every process of a cluster",
+    ),
+    setting(
+        Group::Queue,
+        "ledger.hand_queue",
+        "hand-queue",
+        "TASKS",
+        "Most tasks that wait for a hand, for each hand and lane. The same in every process of a cluster",
+    ),
+    setting(
+        Group::Queue,
+        "ledger.lease",
+        "lease",
+        "TIME",
+        "After which time a task is taken from a worker that is not heard of. The same in every process of a cluster",
+    ),
+    setting(Group::Brain, "brain.max_prompts", "max-prompts", "N", "Most prompts a brain takes at once"),
+    setting(
+        Group::Brain,
+        "brain.batch_wait",
+        "batch-wait",
+        "TIME",
+        "How long a brain waits for more prompts when the batch before had several. Alone, a prompt never waits",
+    ),
+    setting(
+        Group::Brain,
+        "brain.cache_bytes",
+        "cache-bytes",
+        "BYTES",
+        "Bytes of control signals that a brain keeps in memory",
+    ),
+    setting(
+        Group::Brain,
+        "brain.grace",
+        "brain-grace",
+        "TIME",
+        "How long a brain that is told to stop waits for work in hand",
+    ),
+    setting(
+        Group::Hand,
+        "hand.max_images",
+        "max-images",
+        "N",
+        "Most images a hand takes at once; 0 for as many as the model computes together",
+    ),
+    setting(
+        Group::Hand,
+        "hand.grace",
+        "hand-grace",
+        "TIME",
+        "How long a hand that is told to stop waits for images in hand; what is not done by then goes back to the queue",
+    ),
+    setting(Group::Sim, "sim.embed", "sim-embed", "TIME", "Time a simulated brain takes for a batch"),
+    setting(Group::Sim, "sim.token", "sim-token", "TIME", "Time a simulated brain takes for a token, on top"),
+    setting(Group::Sim, "sim.step", "sim-step", "TIME", "Time a simulated hand takes for a step of a batch"),
+    setting(Group::Sim, "sim.image", "sim-image", "TIME", "Time a simulated hand takes for decoding an image"),
+    setting(Group::Sim, "sim.max_batch", "sim-batch", "N", "Most images a simulated hand steps at once"),
+];
