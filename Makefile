@@ -1,7 +1,15 @@
 # `make test` passes the tests on a machine with Rust, Python and a network: it installs what it needs into target/tools.
 export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: test lint tools
+.PHONY: demo test lint tools
+
+PROMPT ?= a red apple to the left of a blue fish
+OUT ?= demo.png
+
+# Renders a picture from a prompt and prints where it is: make demo PROMPT="three cats in the snow" OUT=cats.png
+demo:
+	cargo build --release --workspace
+	target/release/efferent generate "$(PROMPT)" -o "$(OUT)"
 
 test: tools lint
 	cargo build --release --workspace
