@@ -53,7 +53,7 @@ def train(folder, seconds, log, warm=None):
     average, clock, first = Average(both, .99), Clock(seconds - spent), step
     both.to(memory_format=torch.channels_last)
     while clock.progress < 1:
-        factor = rate(clock.progress, .5) * min(1, (step - first + 1) / 20) * strength
+        factor = rate(clock.progress, .25) * min(1, (step - first + 1) / 20) * strength
         if warm:
             decoder.requires_grad_(clock.progress > ENCODER_ALONE)
         for group in adam.param_groups:

@@ -54,24 +54,37 @@ impl Encoder {
         }
         if !misses.is_empty() {
             let (missed, requests): (Vec<_>, Vec<_>) = misses.into_iter().unzip();
-            match self.engine.run(move |brain| embed(brain, &requests)).await {
-                Ok(outcomes) => {
-                    for (key, outcome) in missed.into_iter().zip(outcomes) {
-                        let outcome = outcome.map(Arc::new).map_err(Arc::new);
-                        if let Ok(signal) = &outcome {
-                            self.cache.insert(key, signal.clone());
-                        }
-                        known.insert(key, outcome);
-                    }
+            for (key, outcome) in missed.into_iter().zip(self.compute(requests).await) {
+                let outcome = outcome.map(Arc::new).map_err(Arc::new);
+                if let Ok(signal) = &outcome {
+                    self.cache.insert(key, signal.clone());
                 }
-                Err(error) => {
-                    let error = Arc::new(error);
-                    known.extend(missed.into_iter().map(|key| (key, Err(error.clone()))));
-                }
+                known.insert(key, outcome);
             }
         }
         let missing = || Err(Arc::new(EngineError::Crashed("the engine left out a prompt of its batch".to_owned())));
         keys.iter().map(|key| known.get(key).cloned().unwrap_or_else(missing)).collect()
+    }
+
+    /// Has the engine embed requests. If it panics over several, each gets another try alone, so that only the one at fault fails.
+    async fn compute(&self, requests: Vec<EmbedRequest>) -> Vec<Result<ControlSignal, EngineError>> {
+        let several = Arc::new(requests);
+        let shared = several.clone();
+        let error = match self.engine.run(move |brain| embed(brain, &shared)).await {
+            Ok(outcomes) => return outcomes,
+            Err(error) => error,
+        };
+        metrics::counter!("efferent_engine_panics_total").increment(1);
+        if several.len() == 1 {
+            return vec![Err(error)];
+        }
+        let mut outcomes = Vec::new();
+        for request in several.iter().cloned() {
+            let alone = self.engine.run(move |brain| embed(brain, &[request]).pop()).await;
+            let missing = || EngineError::Crashed("the engine left out a prompt of its batch".to_owned());
+            outcomes.push(alone.and_then(|outcome| outcome.unwrap_or_else(|| Err(missing()))));
+        }
+        outcomes
     }
 
     fn key(&self, request: &EmbedRequest) -> blake3::Hash {
@@ -127,7 +140,83 @@ fn groups(lengths: &[(usize, usize)], budget: usize) -> Vec<&[(usize, usize)]> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Mutex, PoisonError};
+
+    use efferent_worker::engine::EngineSpec;
+
     use super::*;
+
+    /// Panics over a poisonous prompt, refuses one, and notes its batches.
+    struct Fragile {
+        spec: EngineSpec,
+        batches: Arc<Mutex<Vec<usize>>>,
+    }
+
+    impl Brain for Fragile {
+        fn spec(&self) -> &EngineSpec {
+            &self.spec
+        }
+
+        fn fingerprint(&self) -> String {
+            "fragile".to_owned()
+        }
+
+        fn tokens(&self, _: &EmbedRequest) -> Result<usize, EngineError> {
+            Ok(1)
+        }
+
+        fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
+            self.batches.lock().unwrap_or_else(PoisonError::into_inner).push(batch.len());
+            assert!(batch.iter().all(|request| request.prompt != "poison"), "poison");
+            let refused = |request: &EmbedRequest| request.prompt == "refused";
+            let answer = |request| match refused(request) {
+                true => Err(EngineError::Crashed("refused".to_owned())),
+                false => Ok(ControlSignal::default()),
+            };
+            batch.iter().map(answer).collect()
+        }
+    }
+
+    async fn fragile() -> (Encoder, Arc<Mutex<Vec<usize>>>) {
+        let batches = Arc::new(Mutex::new(Vec::new()));
+        let noted = batches.clone();
+        let factory = move || {
+            let spec = EngineSpec { model: efferent_worker::sim::model(), max_batch: 100, simulated: true };
+            Ok(Box::new(Fragile { spec, batches: noted.clone() }) as Box<dyn Brain>)
+        };
+        let engine = EngineThread::start("test", Box::new(factory)).await.expect("starts");
+        (Encoder::new(engine, 1 << 20).await.expect("starts"), batches)
+    }
+
+    fn requests(prompts: &[&str]) -> Vec<EmbedRequest> {
+        let request = |prompt: &&str| EmbedRequest { prompt: (*prompt).to_owned(), negative_prompt: String::new() };
+        prompts.iter().map(request).collect()
+    }
+
+    #[tokio::test]
+    async fn equal_prompts_cost_one_pass_and_known_ones_none() {
+        let (encoder, batches) = fragile().await;
+        let outcomes = encoder.encode(requests(&["a", "b", "a", "a"])).await;
+        assert!(outcomes.iter().all(Result::is_ok) && outcomes.len() == 4);
+        assert!(encoder.encode(requests(&["b", "a"])).await.iter().all(Result::is_ok));
+        assert_eq!(*batches.lock().unwrap(), [2]);
+        // A negative prompt makes another request; an error is not kept.
+        let mut negative = requests(&["a"]);
+        negative[0].negative_prompt = "b".to_owned();
+        encoder.encode(negative).await;
+        encoder.encode(requests(&["refused"])).await;
+        encoder.encode(requests(&["refused"])).await;
+        assert_eq!(*batches.lock().unwrap(), [2, 1, 1, 1]);
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_the_prompt_at_fault_alone() {
+        let (encoder, batches) = fragile().await;
+        let outcomes = encoder.encode(requests(&["a", "poison", "refused", "b"])).await;
+        assert_eq!(outcomes.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, false, true]);
+        assert_eq!(*batches.lock().unwrap(), [4, 1, 1, 1, 1]);
+        assert_eq!(encoder.encode(requests(&["poison"])).await.len(), 1);
+    }
 
     #[test]
     fn groups_keep_the_budget_and_lose_nothing() {

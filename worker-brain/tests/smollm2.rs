@@ -5,7 +5,16 @@
 use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
-use efferent_brain::families::smollm2::{language::Language, tokens::Tokens};
+use efferent_brain::families::{
+    Source,
+    smollm2::{self, language::Language, tokens::Tokens},
+};
+use efferent_proto::v1::ErrorCode;
+use efferent_worker::{
+    engine::{EmbedRequest, EngineError},
+    pipeline::Pipeline,
+    testing::check_brain,
+};
 use serde_json::Value;
 
 fn weights() -> PathBuf {
@@ -64,5 +73,29 @@ fn hidden_states_are_those_of_transformers() {
     check(&rows, 0);
     for (index, row) in rows.iter().enumerate() {
         check(std::slice::from_ref(row), index);
+    }
+}
+
+/// The shipped brain and connector keep the engine contract: a batch equals its singles, what is refused is refused alone.
+#[test]
+fn the_contract_holds() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/pictogram");
+    let source = Source { pipeline: Pipeline::open(&folder).unwrap(), weights: weights(), device: Device::Cpu };
+    let mut brain = smollm2::load(&source).unwrap();
+    let request = |prompt: &str| EmbedRequest { prompt: prompt.to_owned(), negative_prompt: String::new() };
+    let prompts = [
+        "a",
+        "two penguins in the snow",
+        "\u{1f34e} \u{4e00}\u{53ea}\u{732b}, na\u{ef}ve <|im_end|>\n 42",
+        "\0\u{202e}x",
+    ];
+    let refused = request(&"word ".repeat(100));
+    check_brain(brain.as_mut(), &prompts.map(request), &refused);
+    match brain.tokens(&refused) {
+        Err(EngineError::Refused(error)) => {
+            assert_eq!((error.code, error.field.as_str()), (ErrorCode::LimitExceeded, "prompt"));
+            assert!(!error.limit.is_empty());
+        }
+        other => panic!("{other:?}"),
     }
 }

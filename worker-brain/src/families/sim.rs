@@ -3,8 +3,10 @@
 use std::{thread::sleep, time::Duration};
 
 use candle_core::{Device, Tensor};
-use efferent_proto::internal::{
-    Branch, ControlHeader, ControlSignal, GuidanceFormula, StreamRole, UnconditionalPolicy,
+use efferent_proto::{
+    ApiError,
+    internal::{Branch, ControlHeader, ControlSignal, GuidanceFormula, StreamRole, UnconditionalPolicy},
+    v1::ErrorCode,
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
@@ -48,13 +50,21 @@ impl Brain for Sim {
     }
 
     fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError> {
-        Ok(1 + request.prompt.split_whitespace().count())
+        let (count, limit) = (1 + request.prompt.split_whitespace().count(), self.spec.model.max_prompt_tokens);
+        if count > limit as usize {
+            let message = format!("the prompt takes {count} tokens, the model reads {limit}");
+            return Err(ApiError::new(ErrorCode::LimitExceeded, message)
+                .field("prompt")
+                .limit(limit.to_string())
+                .into());
+        }
+        Ok(count)
     }
 
     fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
         let longest = batch.iter().filter_map(|request| self.tokens(request).ok()).max().unwrap_or(0);
         sleep(self.cost.per_batch + self.cost.per_token * (longest * batch.len()) as u32);
-        batch.iter().map(embed).collect()
+        batch.iter().map(|request| self.tokens(request).and_then(|_| embed(request))).collect()
     }
 }
 
@@ -73,4 +83,17 @@ fn embed(request: &EmbedRequest) -> Result<ControlSignal, EngineError> {
         guidance_formula: GuidanceFormula::Unconditional.into(),
         ..Default::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_contract_holds() {
+        let request = |prompt: String| EmbedRequest { prompt, negative_prompt: String::new() };
+        let requests = ["a", "a cat", "a cat on a mat"].map(|prompt| request(prompt.to_owned()));
+        let mut brain = factory(Cost::default())().unwrap();
+        efferent_worker::testing::check_brain(brain.as_mut(), &requests, &request("word ".repeat(600)));
+    }
 }

@@ -1,0 +1,235 @@
+//! The engine loop: samples join and leave between steps, and whatever happens to one leaves its mates alone.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use efferent_hand::engine_loop::{EngineLoop, Order, Update};
+use efferent_proto::v1::Size;
+use efferent_worker::{
+    engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
+    sim,
+};
+use image::RgbImage;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio_util::sync::CancellationToken;
+
+/// Seeds with a meaning.
+const PANICS: u64 = 666;
+const FAILS: u64 = 404;
+const CANNOT_BEGIN: u64 = 400;
+const CANNOT_FINISH: u64 = 500;
+
+/// A hand that does what seeds say, and takes a step only when it is told to.
+struct Scripted {
+    spec: EngineSpec,
+    script: Script,
+}
+
+/// What the test sees of it, and tells it.
+#[derive(Clone)]
+struct Script {
+    /// The seeds of each batch.
+    batches: Arc<Mutex<Vec<Vec<u64>>>>,
+    built: Arc<Mutex<u32>>,
+    steps: Arc<Mutex<mpsc::Receiver<()>>>,
+}
+
+fn seed(sample: &Sample) -> u64 {
+    *sample.state.downcast_ref().unwrap()
+}
+
+impl Hand for Scripted {
+    fn spec(&self) -> &EngineSpec {
+        &self.spec
+    }
+
+    fn begin(&mut self, request: &RenderRequest) -> Result<Sample, EngineError> {
+        if request.seed == CANNOT_BEGIN {
+            return Err(EngineError::Crashed("cannot begin".to_owned()));
+        }
+        let key = BatchKey(request.size.width.to_string());
+        Ok(Sample { key, step: 0, steps: request.steps, state: Box::new(request.seed) })
+    }
+
+    fn step(&mut self, batch: &mut [&mut Sample]) -> Vec<Result<(), EngineError>> {
+        let _ = self.script.steps.lock().unwrap().recv_timeout(Duration::from_secs(20));
+        let seeds: Vec<u64> = batch.iter().map(|sample| seed(sample)).collect();
+        self.script.batches.lock().unwrap().push(seeds.clone());
+        assert!(!seeds.contains(&PANICS), "a poisonous sample");
+        let advance = |sample: &mut &mut Sample| {
+            sample.step += 1;
+            if seed(sample) == FAILS { Err(EngineError::Crashed("failed".to_owned())) } else { Ok(()) }
+        };
+        batch.iter_mut().map(advance).collect()
+    }
+
+    fn preview(&mut self, sample: &Sample) -> Result<RgbImage, EngineError> {
+        Ok(RgbImage::new(1, sample.step))
+    }
+
+    fn finish(&mut self, sample: Sample) -> Result<RgbImage, EngineError> {
+        assert_ne!(seed(&sample), CANNOT_FINISH, "cannot finish");
+        Ok(RgbImage::new(seed(&sample) as u32, 1))
+    }
+
+    fn checkpoint(&self, _: &Sample) -> Result<Bytes, EngineError> {
+        Ok(Bytes::new())
+    }
+
+    fn resume(&mut self, request: &RenderRequest, _: &[u8]) -> Result<Sample, EngineError> {
+        self.begin(request)
+    }
+}
+
+struct Rig {
+    engine: EngineLoop,
+    script: Script,
+    step: mpsc::Sender<()>,
+}
+
+impl Rig {
+    async fn start(max_batch: usize) -> Self {
+        let (step, steps) = mpsc::channel();
+        let script = Script { batches: Arc::default(), built: Arc::default(), steps: Arc::new(Mutex::new(steps)) };
+        let inside = script.clone();
+        let factory = Box::new(move || {
+            *inside.built.lock().unwrap() += 1;
+            let spec = EngineSpec { model: sim::model(), max_batch, simulated: true };
+            Ok(Box::new(Scripted { spec, script: inside.clone() }) as Box<dyn Hand>)
+        });
+        let (engine, _) = EngineLoop::start(factory).await.unwrap();
+        Self { engine, script, step }
+    }
+
+    fn submit(&self, seed: u64, steps: u32, width: u32) -> (UnboundedReceiver<Update>, CancellationToken) {
+        let (updates, heard) = unbounded_channel();
+        let unwanted = CancellationToken::new();
+        let size = Size { width, height: 1 };
+        let (signal, sampler) = (Arc::default(), String::new());
+        let request = RenderRequest { signal, size, steps, guidance_scale: 1.0, seed, sampler };
+        self.engine.submit(Order { request, preview_interval: 2, unwanted: unwanted.clone(), updates });
+        (heard, unwanted)
+    }
+
+    /// Lets the engine take `count` steps.
+    fn run(&self, count: usize) {
+        (0..count).for_each(|_| self.step.send(()).unwrap());
+    }
+
+    fn batches(&self) -> Vec<Vec<u64>> {
+        self.script.batches.lock().unwrap().clone()
+    }
+}
+
+/// All updates in words, the last one first told to have come.
+async fn story(mut heard: UnboundedReceiver<Update>) -> Vec<String> {
+    let mut story = Vec::new();
+    loop {
+        let update = tokio::time::timeout(Duration::from_secs(20), heard.recv()).await.expect("in time");
+        story.push(match update.expect("an end") {
+            Update::Step(step) => format!("step {step}"),
+            Update::Preview(step, picture) => format!("preview {step} of {}", picture.height()),
+            Update::Finished(picture, _) => format!("finished {}", picture.width()),
+            Update::Failed(error) => format!("failed: {error}"),
+            Update::Stopped => "stopped".to_owned(),
+        });
+        if story.last().is_some_and(|last| last.starts_with("f") || last == "stopped") {
+            return story;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn samples_join_and_leave_between_steps() {
+    let rig = Rig::start(4).await;
+    let (one, _keep) = rig.submit(1, 3, 8);
+    rig.run(1);
+    while rig.batches().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let (two, _keep) = rig.submit(2, 3, 8);
+    // The second step may have begun without the second sample, but not the third.
+    rig.run(8);
+    assert_eq!(story(one).await, ["step 1", "step 2", "preview 2 of 2", "step 3", "finished 1"]);
+    assert_eq!(story(two).await.last().unwrap(), "finished 2");
+    let batches = rig.batches();
+    assert!(batches.contains(&vec![1, 2]) || batches.contains(&vec![2, 1]), "{batches:?}");
+    assert_eq!((batches[0].clone(), batches[batches.len() - 1].clone()), (vec![1], vec![2]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unlike_samples_take_turns_and_batches_are_capped() {
+    let rig = Rig::start(2).await;
+    // All are in before the first step ends.
+    let orders: Vec<_> = [(1, 8), (2, 8), (3, 8), (4, 9)].map(|(seed, width)| rig.submit(seed, 4, width)).into();
+    rig.run(64);
+    for (index, (heard, _keep)) in orders.into_iter().enumerate() {
+        assert_eq!(story(heard).await.last().unwrap(), &format!("finished {}", index + 1));
+    }
+    for batch in rig.batches() {
+        assert!(batch.len() <= 2 && (batch == [4] || !batch.contains(&4)), "{batch:?}");
+    }
+    // Nobody waits until the others are done.
+    let first = rig.batches().iter().position(|batch| batch.contains(&4)).unwrap();
+    assert!(first <= 4, "{:?}", rig.batches());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_wanted_leaves_before_the_next_step() {
+    let rig = Rig::start(4).await;
+    let (long, unwanted) = rig.submit(1, 1000, 8);
+    let (mate, _keep) = rig.submit(2, 6, 8);
+    rig.run(3);
+    while rig.batches().len() < 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    unwanted.cancel();
+    rig.run(8);
+    assert_eq!(story(mate).await.last().unwrap(), "finished 2");
+    let long = story(long).await;
+    assert_eq!(long.last().unwrap(), "stopped");
+    // One step may have been under way.
+    assert!(long.iter().filter(|update| update.starts_with("step")).count() <= 4, "{long:?}");
+    let (never, unwanted) = rig.submit(3, 1000, 8);
+    unwanted.cancel();
+    rig.run(1);
+    assert_eq!(story(never).await.last().unwrap(), "stopped");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failing_sample_fails_alone() {
+    let rig = Rig::start(8).await;
+    let orders = [1, FAILS, 2, CANNOT_BEGIN, CANNOT_FINISH].map(|seed| rig.submit(seed, 2, 8));
+    rig.run(16);
+    let mut ends = Vec::new();
+    for (heard, _keep) in orders {
+        ends.push(story(heard).await.pop().unwrap());
+    }
+    assert_eq!(ends[0], "finished 1");
+    assert_eq!(ends[1], "failed: the engine crashed: failed");
+    assert_eq!(ends[2], "finished 2");
+    assert_eq!(ends[3], "failed: the engine crashed: cannot begin");
+    assert!(ends[4].starts_with("failed: the engine crashed:") && ends[4].contains("cannot finish"), "{}", ends[4]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_fails_the_one_at_fault_and_its_mates_finish() {
+    let rig = Rig::start(8).await;
+    let orders = [1, 2, PANICS, 3].map(|seed| rig.submit(seed, 3, 8));
+    let (elsewhere, _keep) = rig.submit(4, 3, 9);
+    rig.run(64);
+    for ((heard, _keep), wanted) in orders.into_iter().zip(["finished 1", "finished 2", "failed", "finished 3"]) {
+        let end = story(heard).await.pop().unwrap();
+        assert!(end.starts_with(wanted), "{end} {wanted}");
+    }
+    assert_eq!(story(elsewhere).await.last().unwrap(), "finished 4");
+    assert!(*rig.script.built.lock().unwrap() >= 2, "the engine was built anew");
+    // It goes on working.
+    let (later, _keep) = rig.submit(5, 1, 8);
+    assert_eq!(story(later).await, ["step 1", "finished 5"]);
+}
