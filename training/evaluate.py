@@ -1,4 +1,6 @@
-"""Measures the shipped pipeline: `python -m training.evaluate --server 127.0.0.1:50051` (or `--model models/pictogram` for PyTorch's forward).
+"""Measures the shipped pipeline: `make eval`, or `python -m training.evaluate --binary target/release/efferent`.
+
+`--server 127.0.0.1:50051` asks a cluster that runs; `--model models/pictogram` draws with PyTorch's forward.
 
 Prompts are in GenEval's categories, on combinations that training never saw; `checker.py` judges the pictures and is itself measured on true, blurred,
 noisy and wrong pictures. Writes `evaluation.json` and `evaluation.md`.
@@ -145,25 +147,10 @@ def border(images: list[np.ndarray]) -> float:
 # --- renderers ---------------------------------------------------------------------------------------------------
 def server_renderer(address: str):
     """Pictures from a running cluster, over gRPC."""
-    import grpc
-    from google.protobuf.descriptor_pool import DescriptorPool
-    from google.protobuf.message_factory import GetMessageClass
-    from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+    from .client import Client
 
-    channel = grpc.insecure_channel(address)
-    pool = DescriptorPool(ProtoReflectionDescriptorDatabase(channel))
-    message = lambda name: GetMessageClass(pool.FindMessageTypeByName(f"efferent.v1.{name}"))
-    request, event = message("GenerateRequest"), message("JobEvent")
-    generate = channel.unary_stream("/efferent.v1.ImageService/Generate", request_serializer=request.SerializeToString, response_deserializer=event.FromString)
-
-    def render(prompt: Prompt) -> np.ndarray:
-        for happened in generate(request(prompt=prompt.text, seed=prompt.seed, inline_images=True)):
-            if happened.HasField("image"):
-                return np.asarray(Image.open(io.BytesIO(happened.image.data)).convert("RGB"))
-            if happened.HasField("failed"):
-                raise SystemExit(f"{prompt.text!r}: {happened.failed.error.message}")
-        raise SystemExit(f"{prompt.text!r}: the stream ended without a picture")
-
+    client = Client(address)
+    render = lambda prompt: np.asarray(Image.open(io.BytesIO(client.picture(prompt.text, prompt.seed))).convert("RGB"))
     return lambda made: list(ThreadPoolExecutor(4).map(render, made))
 
 
@@ -216,13 +203,20 @@ def table(made: list[Prompt], passed: list[bool], accuracy: dict[str, float], ed
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", help="a coordinator's address: pictures come from the running cluster")
-    parser.add_argument("--model", type=Path, default=Path("models/pictogram"), help="without --server: the model folder that PyTorch draws from")
+    parser.add_argument("--binary", type=Path, help="an `efferent` binary: a server of its own is started and asked")
+    parser.add_argument("--model", type=Path, default=Path("models/pictogram"), help="without either: the model folder that PyTorch draws from")
     parser.add_argument("--out", type=Path, default=Path("out/evaluation"), help="where the report and the failed pictures go")
     parser.add_argument("--part", type=int, default=1, help="take every N-th prompt only")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     made = prompts()[:: options.part]
-    images = (server_renderer(options.server) if options.server else torch_renderer(options.model))(made)
+    if options.binary:
+        from .client import Server
+
+        with Server(options.binary) as server:
+            images = server_renderer(server.address)(made)
+    else:
+        images = (server_renderer(options.server) if options.server else torch_renderer(options.model))(made)
     readings = [checker.read(image) for image in images]
     passed = [judge(prompt, reading) for prompt, reading in zip(made, readings)]
     for prompt, image, fine in zip(made, images, passed):

@@ -11,6 +11,9 @@ use crate::{
 };
 
 const DOMAIN: &str = "efferent";
+/// Most bytes of each text of an error. It travels in headers, several times over, and clients take 8 KiB of headers or more; what the
+/// caller sent and we repeat may be longer.
+const MAX_TEXT: usize = 512;
 
 /// What a caller is told: a code, words, and the field, limit and retry delay where they apply.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -33,7 +36,7 @@ impl ApiError {
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self {
             code,
-            message: message.into(),
+            message: clipped(message.into()),
             field: String::new(),
             limit: String::new(),
             retry_after: default_retry(code),
@@ -50,7 +53,7 @@ impl ApiError {
     /// Names the limit.
     #[must_use]
     pub fn limit(mut self, limit: impl Into<String>) -> Self {
-        self.limit = limit.into();
+        self.limit = clipped(limit.into());
         self
     }
 
@@ -65,6 +68,14 @@ impl ApiError {
     pub fn reason(&self) -> &'static str {
         reason(self.code)
     }
+}
+
+fn clipped(mut text: String) -> String {
+    if text.len() > MAX_TEXT {
+        text.truncate(text.floor_char_boundary(MAX_TEXT - 3));
+        text.push_str("...");
+    }
+    text
 }
 
 fn reason(code: ErrorCode) -> &'static str {

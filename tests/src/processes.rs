@@ -65,14 +65,20 @@ pub struct Cluster {
     port: u16,
     server: Option<Process>,
     settings: Vec<(String, String)>,
+    sync: &'static str,
 }
 
 impl Cluster {
-    /// Starts nats-server. `settings` are environment variables of every process.
+    /// Starts nats-server so that what it acknowledges is on the disk. `settings` are environment variables of every process.
     pub fn start(settings: &[(&str, &str)]) -> Self {
+        Self::with_sync(settings, "always")
+    }
+
+    /// Starts nats-server that syncs its files this often: `always`, or a time such as `2m`, which is its default.
+    pub fn with_sync(settings: &[(&str, &str)], sync: &'static str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let mut cluster = Self { folder, port: free_port(), server: None, settings };
+        let mut cluster = Self { folder, port: free_port(), server: None, settings, sync };
         cluster.start_server();
         cluster
     }
@@ -82,9 +88,10 @@ impl Cluster {
         let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/nats-server");
         let program = if tool.exists() { tool } else { PathBuf::from("nats-server") };
         let configuration = format!(
-            "listen: 127.0.0.1:{}\njetstream {{ store_dir: {:?}, sync_interval: always }}\n",
+            "listen: 127.0.0.1:{}\njetstream {{ store_dir: {:?}, sync_interval: {} }}\n",
             self.port,
-            self.folder.path().join("nats")
+            self.folder.path().join("nats"),
+            self.sync
         );
         let file = self.folder.path().join("nats.conf");
         std::fs::write(&file, configuration).expect("writes");
@@ -107,8 +114,20 @@ impl Cluster {
 
     /// Starts `efferent ROLE ARGS` on the cluster's queue and waits until it is ready. Returns its standard output so far too.
     pub fn role(&self, role: &str, args: &[&str]) -> (Process, Vec<String>) {
+        self.command(role, &[&["--nats", &self.nats_url()], args].concat())
+    }
+
+    /// Starts `efferent up` on a queue of its own in a folder. Returns its URL too.
+    pub fn up(&self) -> (Process, String) {
+        let home = self.folder.path().join("home");
+        let home = home.to_str().expect("UTF-8");
+        let (process, lines) = self.command("up", &["--listen", "127.0.0.1:0", "--home", home]);
+        (process, url(&lines))
+    }
+
+    fn command(&self, role: &str, args: &[&str]) -> (Process, Vec<String>) {
         let mut command = Command::new(efferent());
-        command.arg(role).args(["--nats", &self.nats_url(), "--admin", "off"]).args(args);
+        command.arg(role).args(["--admin", "off"]).args(args);
         command.envs(self.settings.iter().map(|(name, value)| (name, value)));
         let log = std::fs::File::options().append(true).create(true).open(self.folder.path().join("log"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log.expect("a log")).spawn();
@@ -135,14 +154,18 @@ impl Cluster {
     /// Starts a coordinator. Returns its URL too.
     pub fn coordinator(&self) -> (Process, String) {
         let (process, lines) = self.role("coordinator", &["--listen", "127.0.0.1:0"]);
-        let url = lines.iter().find_map(|line| line.split_whitespace().find(|word| word.starts_with("http://")));
-        (process, url.expect("it says where it listens").to_owned())
+        (process, url(&lines))
     }
 
     /// What the processes logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
     }
+}
+
+fn url(lines: &[String]) -> String {
+    let url = lines.iter().find_map(|line| line.split_whitespace().find(|word| word.starts_with("http://")));
+    url.expect("it says where it listens").to_owned()
 }
 
 /// A client of a coordinator at `url`.

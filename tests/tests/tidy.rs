@@ -57,7 +57,10 @@ fn imports_go_one_way() {
     }
     let free = ["efferent-cli", "efferent", "efferent-tests"];
     for (package, found) in &imports {
-        assert!(allowed.contains_key(package.as_str()) || free.contains(&package.as_str()), "{package} has no rule here");
+        assert!(
+            allowed.contains_key(package.as_str()) || free.contains(&package.as_str()),
+            "{package} has no rule here"
+        );
         assert!(!found.contains("efferent-tests"), "{package} may not import the tests");
     }
 }

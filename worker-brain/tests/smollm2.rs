@@ -14,6 +14,7 @@ use efferent_worker::{
     engine::{EmbedRequest, EngineError},
     pipeline::Pipeline,
     testing::check_brain,
+    weights::Gguf,
 };
 use serde_json::Value;
 
@@ -29,7 +30,7 @@ fn weights() -> PathBuf {
 
 #[test]
 fn token_ids_are_those_of_transformers() {
-    let tokens = Tokens::open(&weights()).unwrap();
+    let tokens = Tokens::read(&Gguf::open(&weights()).unwrap()).unwrap();
     let rows: Vec<Value> = serde_json::from_str(include_str!("smollm2/tokens.json")).unwrap();
     assert!(rows.len() >= 20);
     for row in rows {
@@ -43,7 +44,7 @@ fn token_ids_are_those_of_transformers() {
 fn hidden_states_are_those_of_transformers() {
     const LAYER: usize = 24;
     const WIDTH: usize = 576;
-    let language = Language::open(&weights(), LAYER, &Device::Cpu).unwrap();
+    let language = Language::read(&Gguf::open(&weights()).unwrap(), LAYER, &Device::Cpu).unwrap();
     let golden = candle_core::safetensors::load(
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/smollm2/states.safetensors"),
         &Device::Cpu,

@@ -166,7 +166,9 @@ impl Worker {
                 .await?;
         let Admission::Go(held, record) = admission else { return Ok(()) };
         // An earlier attempt may have recorded the image and died before it could say so.
-        if let Some(image) = self.ledger.result(&task.job_id, task.image_index).await? {
+        if held.attempt() > 1
+            && let Some(image) = self.ledger.result(&task.job_id, task.image_index).await?
+        {
             self.ledger.apply(&task.job_id, &Transition::Image(image)).await?;
             return held.done().await;
         }

@@ -91,19 +91,19 @@ impl Weights {
         Self::checked(path, device, tensors)
     }
 
-    /// Reads the `wanted` tensors of a GGUF file, dequantised to f32.
+    /// The `wanted` tensors of a GGUF file, dequantised to f32.
     ///
     /// # Errors
-    /// If the file cannot be read, is malformed, or has values that are not finite.
-    pub fn open_gguf(path: &Path, device: &Device, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
-        let (content, bytes) = read_gguf(path)?;
-        let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
+    /// If a tensor is malformed, or has values that are not finite.
+    pub fn from_gguf(file: &Gguf, device: &Device, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
+        let Gguf { path, content, bytes } = file;
+        let malformed = |what: String| Error::Malformed { path: path.clone(), what };
         let names: Vec<&String> = content.tensor_infos.keys().filter(|name| wanted(name)).collect();
         let tensors = names
             .into_par_iter()
             .map(|name| {
                 let read =
-                    || content.tensor(&mut std::io::Cursor::new(&bytes), name, &Device::Cpu)?.dequantize(&Device::Cpu);
+                    || content.tensor(&mut std::io::Cursor::new(bytes), name, &Device::Cpu)?.dequantize(&Device::Cpu);
                 let tensor =
                     guarded(read).and_then(|tensor| tensor.to_device(device).map_err(|error| error.to_string()));
                 Ok((name.clone(), tensor.map_err(|what| malformed(format!("tensor {name}: {what}")))?))
@@ -156,30 +156,46 @@ impl Weights {
     }
 }
 
-/// The metadata of a GGUF file.
-///
-/// # Errors
-/// If the file cannot be read or is malformed.
-pub fn gguf_metadata(path: &Path) -> Result<HashMap<String, gguf_file::Value>, Error> {
-    read_gguf(path).map(|(content, _)| content.metadata)
+/// A GGUF file in memory: metadata (tokenizer, sizes) and tensors, read once.
+pub struct Gguf {
+    path: PathBuf,
+    content: gguf_file::Content,
+    bytes: Vec<u8>,
 }
 
-fn read_gguf(path: &Path) -> Result<(gguf_file::Content, Vec<u8>), Error> {
-    check_size(path)?;
-    let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    // candle checks each length against what is left of the file before it reserves memory.
-    let content = guarded(|| gguf_file::Content::read(&mut std::io::Cursor::new(&bytes))).map_err(|what| {
-        Error::Malformed { path: path.to_owned(), what: format!("not a GGUF file, or a truncated one: {what}") }
-    })?;
-    for (name, tensor) in &content.tensor_infos {
-        // candle multiplies the axes without looking for an overflow.
-        let values = tensor.shape.dims().iter().try_fold(1usize, |values, axis| values.checked_mul(*axis));
-        if values.is_none_or(|values| values / 8 > bytes.len()) {
-            let what = format!("tensor {name} {:?} is larger than the file", tensor.shape.dims());
-            return Err(Error::Malformed { path: path.to_owned(), what });
-        }
+impl std::fmt::Debug for Gguf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gguf").field("path", &self.path).field("bytes", &self.bytes.len()).finish_non_exhaustive()
     }
-    Ok((content, bytes))
+}
+
+impl Gguf {
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// If it cannot be read or is malformed.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        check_size(path)?;
+        let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        // candle checks each length against what is left of the file before it reserves memory.
+        let content = guarded(|| gguf_file::Content::read(&mut std::io::Cursor::new(&bytes))).map_err(|what| {
+            Error::Malformed { path: path.to_owned(), what: format!("not a GGUF file, or a truncated one: {what}") }
+        })?;
+        for (name, tensor) in &content.tensor_infos {
+            // candle multiplies the axes without looking for an overflow.
+            let values = tensor.shape.dims().iter().try_fold(1usize, |values, axis| values.checked_mul(*axis));
+            if values.is_none_or(|values| values / 8 > bytes.len()) {
+                let what = format!("tensor {name} {:?} is larger than the file", tensor.shape.dims());
+                return Err(Error::Malformed { path: path.to_owned(), what });
+            }
+        }
+        Ok(Self { path: path.to_owned(), content, bytes })
+    }
+
+    /// What the file says of the model, by key.
+    pub fn metadata(&self) -> &HashMap<String, gguf_file::Value> {
+        &self.content.metadata
+    }
 }
 
 fn check_size(path: &Path) -> Result<(), Error> {
@@ -308,7 +324,7 @@ mod tests {
     fn hostile_gguf_is_an_error() {
         let values: Vec<u8> = [1f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
         let (_folder, path) = write(&gguf(1, 1, &[2], &values));
-        let mut weights = Weights::open_gguf(&path, &Device::Cpu, |_| true).unwrap();
+        let mut weights = Gguf::open(&path).and_then(|file| Weights::from_gguf(&file, &Device::Cpu, |_| true)).unwrap();
         assert_eq!(weights.get("a", &[2]).to_vec1::<f32>().unwrap(), [1.0, 2.0]);
         let nan: Vec<u8> = [1f32, f32::INFINITY].iter().flat_map(|v| v.to_le_bytes()).collect();
         for bytes in [
@@ -324,7 +340,8 @@ mod tests {
             gguf(1, 1, &[2], &nan),
         ] {
             let (_folder, path) = write(&bytes);
-            let error = Weights::open_gguf(&path, &Device::Cpu, |_| true).unwrap_err();
+            let error =
+                Gguf::open(&path).and_then(|file| Weights::from_gguf(&file, &Device::Cpu, |_| true)).unwrap_err();
             assert!(matches!(error, Error::Malformed { .. }), "{error}");
         }
     }

@@ -4,7 +4,10 @@
 
 pub mod transition;
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use efferent_proto::{
@@ -12,6 +15,7 @@ use efferent_proto::{
     names,
     v1::{Image, Model, Worker},
 };
+use moka::sync::Cache;
 use prost::Message;
 
 use crate::{Bucket, Error, QueueSpec, Result, SharedBus};
@@ -46,11 +50,17 @@ impl Default for Options {
 /// How often a compare-and-swap is tried before the store is called unavailable. Only the few processes that work on one job compete.
 const MAX_SWAPS: u32 = 64;
 
+/// Jobs whose last known record a process remembers.
+const REMEMBERED: u64 = 1024;
+
 /// The records of the cluster.
 #[derive(Debug, Clone)]
 pub struct Ledger {
     bus: SharedBus,
     options: Options,
+    /// Records as this process last wrote them, with their revision: the next change can do without reading first. Never trusted for an
+    /// answer, only for a swap, which fails if it is out of date.
+    known: Cache<String, Arc<(u64, JobRecord)>>,
 }
 
 /// What became of a transition.
@@ -77,7 +87,7 @@ impl Outcome {
 impl Ledger {
     /// The records on this bus.
     pub fn new(bus: SharedBus, options: Options) -> Self {
-        Self { bus, options }
+        Self { bus, options, known: Cache::new(REMEMBERED) }
     }
 
     /// The bus below.
@@ -106,7 +116,11 @@ impl Ledger {
     /// Stores a new job. False if there is one of this id.
     pub async fn create_job(&self, record: &JobRecord) -> Result<bool> {
         let id = job_id(record);
-        Ok(self.bus.create(Bucket::Jobs, id, encode(record), Some(self.options.retention)).await?.is_some())
+        let created = self.bus.create(Bucket::Jobs, id, encode(record), Some(self.options.retention)).await?;
+        if let Some(revision) = created {
+            self.known.insert(id.to_owned(), Arc::new((revision, record.clone())));
+        }
+        Ok(created.is_some())
     }
 
     /// A job.
@@ -121,17 +135,30 @@ impl Ledger {
 
     /// Applies a transition, however many others change the job at the same time, and tells the new events to whoever listens.
     pub async fn apply(&self, job_id: &str, transition: &Transition) -> Result<Outcome> {
+        let mut known = self.known.get(job_id);
         for _ in 0..MAX_SWAPS {
-            let Some(entry) = self.bus.get(Bucket::Jobs, job_id).await? else { return Ok(Outcome::Unknown) };
-            let mut record: JobRecord = decode(&entry.value, "job", job_id)?;
+            let remembered = known.is_some();
+            let (revision, mut record) = match known.take() {
+                Some(known) => (known.0, known.1.clone()),
+                None => {
+                    let Some(entry) = self.bus.get(Bucket::Jobs, job_id).await? else { return Ok(Outcome::Unknown) };
+                    (entry.revision, decode(&entry.value, "job", job_id)?)
+                }
+            };
             let before = record.log.len();
             if !transition::apply(&mut record, transition, SystemTime::now()) {
+                if remembered {
+                    continue;
+                }
                 return Ok(Outcome::Unchanged(Box::new(record)));
             }
             let value = encode(&record);
-            if self.bus.swap(Bucket::Jobs, job_id, value, entry.revision, Some(self.options.retention)).await?.is_none()
-            {
-                continue;
+            let swapped = self.bus.swap(Bucket::Jobs, job_id, value, revision, Some(self.options.retention)).await?;
+            let Some(revision) = swapped else { continue };
+            if record.job.as_ref().is_some_and(|job| is_final(job.state())) {
+                self.known.invalidate(job_id);
+            } else {
+                self.known.insert(job_id.to_owned(), Arc::new((revision, record.clone())));
             }
             for event in &record.log[before..] {
                 // At most once: a watcher that misses it reads it from the record.

@@ -1,11 +1,9 @@
 //! The language model in the GGUF file, as far as it is read.
 
-use std::path::Path;
-
 use candle_core::{Device, Tensor, quantized::gguf_file::Value};
 use efferent_worker::{
     nn::decoder::{Activation, Config, Decoder, Naming, RotaryPairs},
-    weights::{self, Weights},
+    weights::{self, Gguf, Weights},
 };
 
 /// Why there is no language model.
@@ -42,8 +40,8 @@ impl Language {
     ///
     /// # Errors
     /// If the file is malformed, of another architecture, or has fewer layers.
-    pub fn open(path: &Path, layer: usize, device: &Device) -> Result<Self, Error> {
-        let metadata = weights::gguf_metadata(path)?;
+    pub fn read(file: &Gguf, layer: usize, device: &Device) -> Result<Self, Error> {
+        let metadata = file.metadata();
         let bad = |key: &str, what: String| Error::Malformed { key: key.to_owned(), what };
         let field = |key: &str| metadata.get(key).ok_or_else(|| bad(key, "is missing".to_owned()));
         let number = |key: &str| {
@@ -90,9 +88,9 @@ impl Language {
             soft_cap: None,
             sliding_window: None,
         };
-        let mut file = Weights::open_gguf(path, device, |name| Naming::Gguf.wants(name, layer))?;
-        let decoder = Decoder::new(config, Naming::Gguf, &mut file)?;
-        file.finish()?;
+        let mut weights = Weights::from_gguf(file, device, |name| Naming::Gguf.wants(name, layer))?;
+        let decoder = Decoder::new(config, Naming::Gguf, &mut weights)?;
+        weights.finish()?;
         Ok(Self { decoder, layer })
     }
 

@@ -14,7 +14,7 @@ use efferent_proto::{
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
     signal,
-    weights::Weights,
+    weights::{Gguf, Weights},
 };
 use serde::Deserialize;
 
@@ -63,9 +63,11 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         let message = format!("no connector family is called {:?}; known is queries", pipeline.connector().family);
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("connector.family").into());
     }
-    let tokens = Tokens::open(weights).map_err(|e| unloadable("the tokenizer")(e.into()))?;
+    let file = Gguf::open(weights).map_err(|e| unloadable("the language model")(e.into()))?;
+    let tokens = Tokens::read(&file).map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let language =
-        Language::open(weights, config.layer, device).map_err(|e| unloadable("the language model")(e.into()))?;
+        Language::read(&file, config.layer, device).map_err(|e| unloadable("the language model")(e.into()))?;
+    drop(file);
     if connector.states != language.width() {
         let message =
             format!("the connector reads {} channels, the language model has {}", connector.states, language.width());

@@ -1,12 +1,9 @@
 //! The tokenizer that lies in the GGUF file: byte-level byte-pair encoding, digits split one by one.
 
-use std::{
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
-};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use candle_core::quantized::gguf_file::Value;
-use efferent_worker::{thread::panic_message, weights};
+use efferent_worker::{thread::panic_message, weights::Gguf};
 use tokenizers::{
     AddedToken, Tokenizer,
     models::bpe::{BPE, Vocab},
@@ -19,9 +16,6 @@ const CONTROL: i64 = 3;
 /// Why there is no tokenizer, or no tokens.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file cannot be used.
-    #[error(transparent)]
-    File(#[from] weights::Error),
     /// The file's tokenizer is not one that this family has.
     #[error("the file's {key}: {what}")]
     Malformed {
@@ -43,9 +37,9 @@ impl Tokens {
     /// Reads the tokenizer of a GGUF file.
     ///
     /// # Errors
-    /// If the file is malformed or its tokenizer is of another kind.
-    pub fn open(path: &Path) -> Result<Self, Error> {
-        let metadata = weights::gguf_metadata(path)?;
+    /// If its tokenizer is malformed or of another kind.
+    pub fn read(file: &Gguf) -> Result<Self, Error> {
+        let metadata = file.metadata();
         let field = |key: &'static str| match metadata.get(key) {
             Some(value) => Ok(value),
             None => Err(Error::Malformed { key, what: "is missing".to_owned() }),
@@ -107,4 +101,69 @@ fn number(value: &Value) -> i64 {
 
 fn malformed(key: &'static str) -> impl Fn(candle_core::Error) -> Error {
     move |error| Error::Malformed { key, what: error.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Metadata = Vec<(&'static str, Value)>;
+
+    fn texts(texts: &[&str]) -> Value {
+        Value::Array(texts.iter().map(|text| Value::String((*text).to_owned())).collect())
+    }
+
+    fn good() -> Metadata {
+        vec![
+            ("tokenizer.ggml.model", Value::String("gpt2".to_owned())),
+            ("tokenizer.ggml.pre", Value::String("smollm".to_owned())),
+            ("tokenizer.ggml.tokens", texts(&["a", "b", "ab", "<|im_start|>"])),
+            ("tokenizer.ggml.merges", texts(&["a b"])),
+            ("tokenizer.ggml.token_type", Value::Array([1, 1, 1, 3].map(Value::I32).to_vec())),
+        ]
+    }
+
+    fn open(metadata: &Metadata) -> Result<Tokens, Error> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("t.gguf");
+        let entries: Vec<(&str, &Value)> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+        let mut file = std::fs::File::create(&path).unwrap();
+        candle_core::quantized::gguf_file::write(&mut file, &entries, &[]).unwrap();
+        Tokens::read(&Gguf::open(&path).unwrap())
+    }
+
+    #[test]
+    fn a_small_tokenizer_reads() {
+        assert_eq!(open(&good()).unwrap().encode("ab<|im_start|>ba").unwrap(), [2, 3, 1, 0]);
+    }
+
+    #[test]
+    fn hostile_tokenizers_are_errors_that_name_the_key() {
+        let cases: Vec<(&str, Option<Value>)> = vec![
+            ("tokenizer.ggml.tokens", None),
+            ("tokenizer.ggml.merges", None),
+            ("tokenizer.ggml.token_type", None),
+            ("tokenizer.ggml.model", Some(Value::String("llama".to_owned()))),
+            ("tokenizer.ggml.pre", Some(Value::U32(7))),
+            ("tokenizer.ggml.tokens", Some(Value::String("a".to_owned()))),
+            ("tokenizer.ggml.tokens", Some(Value::Array(vec![Value::U8(1)]))),
+            ("tokenizer.ggml.merges", Some(texts(&["ab"]))),
+            ("tokenizer.ggml.merges", Some(texts(&["nobody knows"]))),
+            ("tokenizer.ggml.merges", Some(texts(&["b a"]))),
+        ];
+        for (key, value) in cases {
+            let mut metadata = good();
+            metadata.retain(|(present, _)| *present != key);
+            metadata.extend(value.clone().map(|value| (key, value)));
+            let error = open(&metadata).expect_err("is refused");
+            assert!(error.to_string().contains(key), "{key} {value:?}: {error}");
+        }
+        // Kinds that are too few or of a strange type mean ordinary tokens.
+        for kinds in [Value::Array(Vec::new()), Value::Array(vec![Value::String("x".to_owned()); 9])] {
+            let mut metadata = good();
+            metadata.retain(|(key, _)| *key != "tokenizer.ggml.token_type");
+            metadata.push(("tokenizer.ggml.token_type", kinds));
+            open(&metadata).unwrap();
+        }
+    }
 }

@@ -7,9 +7,15 @@
 //!
 //! Servers older than 2.12 ignore what they do not know instead of refusing it. So the version is checked, and so is every configuration
 //! that comes back.
+//!
+//! Read in this order: this file (the bus), [`setup`] (is the server fit), [`tasks`] (leases), [`watch`].
+
+mod setup;
+mod tasks;
+mod watch;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::HashMap,
     error::Error as _,
     sync::{Arc, PoisonError, RwLock},
     time::{Duration, SystemTime},
@@ -18,10 +24,10 @@ use std::{
 use async_nats::{
     Client, ConnectOptions, HeaderMap,
     jetstream::{
-        self, AckKind,
+        self,
         consumer::{self, AckPolicy, DeliverPolicy, PullConsumer},
         context::{PublishError, PublishErrorKind},
-        kv::{self, Operation, Store},
+        kv::{Operation, Store},
         message::{OutboundMessage, PublishMessage},
         stream::{self, DiscardPolicy, RetentionPolicy, StorageType, Stream},
     },
@@ -32,22 +38,21 @@ use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use self::{
+    setup::{MARKER, check_version, make_bucket, make_stream, refuse_differences},
+    tasks::{HEADER_PREFIX, JOB, collect},
+    watch::{begin_watch, snapshot, watch},
+};
 use crate::{
-    Bucket, Bus, Change, DUPLICATE_WINDOW, Delivery, Depth, Entry, Error, Event, Lease, MAX_MESSAGE, MAX_OBJECT,
-    MAX_VALUE, NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue,
+    Bucket, Bus, Change, DUPLICATE_WINDOW, Delivery, Depth, Entry, Error, Event, MAX_MESSAGE, MAX_OBJECT, MAX_VALUE,
+    NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue,
 };
 
-/// The oldest server that refuses what it does not know, counts pending tasks right after a purge, and has per-message time-to-live.
-const OLDEST_SERVER: (u32, u32) = (2, 12);
-/// How long a deleted or expired key leaves a mark, so that watchers hear of it.
-const MARKER: Duration = Duration::from_secs(60);
 const CHUNK: usize = 900 * 1024;
 /// Chunks on their way at once.
 const WINDOW: usize = 8;
 const CONSUMER: &str = "workers";
-const JOB: &str = "Efferent-Job";
 const CHUNKS: &str = "Efferent-Chunks";
-const HEADER_PREFIX: &str = "Efferent-Header-";
 
 /// How to reach NATS.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -193,120 +198,6 @@ impl Nats {
 /// Time-to-live counts in seconds, from 1.
 fn whole_seconds(ttl: Duration) -> Duration {
     Duration::from_secs(ttl.as_millis().div_ceil(1000).max(1).try_into().unwrap_or(u64::MAX))
-}
-
-fn check_version(version: &str) -> Result<()> {
-    let mut numbers = version.split(['.', '-']).map(|part| part.parse::<u32>().unwrap_or(0));
-    let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    if found >= OLDEST_SERVER {
-        return Ok(());
-    }
-    Err(Error::Unfit(format!(
-        "nats-server {version} is too old: {}.{} or later is needed (older ones silently ignore settings)",
-        OLDEST_SERVER.0, OLDEST_SERVER.1
-    )))
-}
-
-/// Makes or updates a stream, and compares what came back with what was asked.
-async fn make_stream(context: &jetstream::Context, config: stream::Config) -> Result<Stream> {
-    let name = config.name.clone();
-    let what = format!("making stream {name}");
-    let got = match context.create_or_update_stream(config.clone()).await {
-        Ok(info) => info.config,
-        Err(error)
-            if error.to_string().contains("insufficient resources")
-                || error.to_string().contains("JetStream not enabled") =>
-        {
-            return Err(Error::Unfit(format!("the NATS server cannot hold stream {name}: {error}")));
-        }
-        Err(error) => return Err(Error::unavailable(what, error)),
-    };
-    let differs = [
-        ("subjects", got.subjects != config.subjects),
-        ("retention", got.retention != config.retention),
-        ("storage", got.storage != config.storage),
-        ("replicas", got.num_replicas != config.num_replicas.max(1)),
-        ("discard", got.discard != config.discard),
-        ("max_msgs", config.max_messages > 0 && got.max_messages != config.max_messages),
-        (
-            "max_msgs_per_subject",
-            config.max_messages_per_subject > 0 && got.max_messages_per_subject != config.max_messages_per_subject,
-        ),
-        ("duplicate_window", !config.duplicate_window.is_zero() && got.duplicate_window != config.duplicate_window),
-        ("allow_msg_ttl", got.allow_message_ttl != config.allow_message_ttl),
-        ("allow_direct", config.allow_direct && !got.allow_direct),
-    ];
-    refuse_differences("stream", &name, &differs)?;
-    context.get_stream(&name).await.map_err(fault(what))
-}
-
-fn refuse_differences(kind: &str, name: &str, differs: &[(&str, bool)]) -> Result<()> {
-    let names: Vec<&str> = differs.iter().filter(|(_, differs)| *differs).map(|(name, _)| *name).collect();
-    if names.is_empty() {
-        return Ok(());
-    }
-    Err(Error::Unfit(format!("{kind} {name}: the NATS server did not take these settings: {}", names.join(", "))))
-}
-
-async fn make_bucket(context: &jetstream::Context, options: &Options, bucket: Bucket) -> Result<Store> {
-    let name = format!("{}-{}", options.prefix, bucket.name());
-    let config = kv::Config {
-        bucket: name.clone(),
-        history: 1,
-        max_value_size: i32::try_from(MAX_VALUE + 4096).unwrap_or(i32::MAX),
-        storage: StorageType::File,
-        num_replicas: options.replicas,
-        limit_markers: Some(MARKER),
-        ..Default::default()
-    };
-    let store = context.create_or_update_key_value(config).await.map_err(fault(format!("making bucket {name}")))?;
-    let got = &store.stream.cached_info().config;
-    let differs = [
-        ("history", got.max_messages_per_subject != 1),
-        ("allow_msg_ttl", !got.allow_message_ttl),
-        ("subject_delete_marker_ttl", got.subject_delete_marker_ttl != Some(MARKER)),
-        ("replicas", got.num_replicas != options.replicas.max(1)),
-    ];
-    refuse_differences("bucket", &name, &differs)?;
-    Ok(store)
-}
-
-#[derive(Debug)]
-struct NatsLease {
-    message: jetstream::Message,
-    queue: String,
-    key: String,
-}
-
-impl NatsLease {
-    /// Answers, and waits until the server has taken the answer.
-    async fn answer(&self, kind: AckKind) -> Result<()> {
-        let what = || format!("answering task {} in {}", self.key, self.queue);
-        self.message
-            .double_ack_with(kind)
-            .await
-            .map_err(|source| Error::Unavailable { what: what(), source: Some(source) })
-    }
-}
-
-#[async_trait]
-impl Lease for NatsLease {
-    async fn extend(&self) -> Result<()> {
-        self.answer(AckKind::Progress).await
-    }
-
-    async fn ack(&self) -> Result<()> {
-        self.answer(AckKind::Ack).await
-    }
-
-    async fn nak(&self, delay: Duration) -> Result<()> {
-        self.answer(AckKind::Nak((!delay.is_zero()).then_some(delay))).await
-    }
-
-    async fn terminate(&self, reason: &str) -> Result<()> {
-        tracing::info!(queue = self.queue, key = self.key, reason, "task terminated");
-        self.answer(AckKind::Term).await
-    }
 }
 
 #[async_trait]
@@ -573,45 +464,6 @@ impl Nats {
     }
 }
 
-/// What a pull brought. An error after some tasks came is left to the next pull: those that came are ours to do.
-async fn collect(
-    mut messages: impl futures::Stream<Item = std::result::Result<jetstream::Message, async_nats::Error>> + Unpin,
-    queue: &str,
-) -> Result<Vec<Delivery>> {
-    let mut found = Vec::new();
-    while let Some(message) = messages.next().await {
-        match message {
-            Ok(message) => found.extend(delivery(message, queue)),
-            Err(source) if found.is_empty() => {
-                return Err(Error::Unavailable { what: format!("pulling from {queue}"), source: Some(source) });
-            }
-            Err(_) => break,
-        }
-    }
-    Ok(found)
-}
-
-fn delivery(message: jetstream::Message, queue: &str) -> Option<Delivery> {
-    let info = message.info().ok()?;
-    let (attempt, published_at) = (u32::try_from(info.delivered).unwrap_or(u32::MAX), info.published.into());
-    let mut headers = BTreeMap::new();
-    let (mut key, mut job) = (String::new(), String::new());
-    for (name, values) in message.headers.iter().flat_map(HeaderMap::iter) {
-        let name: &str = name.as_ref();
-        let value = values.first().map(|value| value.as_str().to_owned()).unwrap_or_default();
-        if let Some(name) = name.strip_prefix(HEADER_PREFIX) {
-            headers.insert(name.to_owned(), value);
-        } else if name == JOB {
-            job = value;
-        } else if name == AsRef::<str>::as_ref(&async_nats::header::NATS_MESSAGE_ID) {
-            key = value;
-        }
-    }
-    let payload = message.payload.clone();
-    let lease = Box::new(NatsLease { message, queue: queue.to_owned(), key: key.clone() });
-    Some(Delivery { queue: queue.to_owned(), key, job, headers, payload, attempt, published_at, lease })
-}
-
 fn is_full(error: &PublishError) -> bool {
     error.kind() == PublishErrorKind::Other
         && error.source().is_some_and(|source| source.to_string().contains("maximum messages exceeded"))
@@ -626,101 +478,6 @@ async fn get_chunk(objects: &Stream, subject: &str) -> Result<Option<(Bytes, usi
         }
         Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::unavailable("reading an object", error)),
-    }
-}
-
-/// Every value of a bucket.
-async fn snapshot(store: &Store) -> Result<Vec<Entry>> {
-    let what = || format!("listing {}", store.name);
-    let info = store.stream.get_info().await.map_err(fault(what()))?;
-    let mut latest = BTreeMap::new();
-    if info.state.messages == 0 {
-        return Ok(Vec::new());
-    }
-    let mut watch = store.watch_with_history(">").await.map_err(fault(what()))?;
-    // The last message may have expired since: then nobody says "that was all", and silence must do.
-    while let Ok(Some(entry)) = tokio::time::timeout(Duration::from_secs(1), watch.next()).await {
-        let entry = entry.map_err(fault(what()))?;
-        let last = entry.delta == 0;
-        match entry.operation {
-            Operation::Put => {
-                let value = Entry { key: entry.key.clone(), value: entry.value, revision: entry.revision };
-                latest.insert(entry.key, value);
-            }
-            Operation::Delete | Operation::Purge => drop(latest.remove(&entry.key)),
-        }
-        if last {
-            break;
-        }
-    }
-    Ok(latest.into_values().collect())
-}
-
-/// A snapshot, and a watch that misses nothing after it.
-async fn begin_watch(store: &Store) -> Result<(Vec<Entry>, kv::Watch)> {
-    let what = || format!("watching {}", store.name);
-    let info = store.stream.get_info().await.map_err(fault(what()))?;
-    let entries = snapshot(store).await?;
-    let watch = store.watch_all_from_revision(info.state.last_sequence + 1).await.map_err(fault(what()))?;
-    Ok((entries, watch))
-}
-
-/// Tells what there is and every change; starts anew, telling the difference, when the connection was lost.
-async fn watch(store: Store, first: (Vec<Entry>, kv::Watch), sender: mpsc::Sender<Change>) {
-    let mut known: HashSet<String> = HashSet::new();
-    let mut begun = Some(first);
-    let mut told = false;
-    loop {
-        let (entries, mut changes) = match begun.take() {
-            Some(begun) => begun,
-            None => match begin_watch(&store).await {
-                Ok(begun) => begun,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot watch; trying again");
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                    if sender.is_closed() {
-                        return;
-                    }
-                    continue;
-                }
-            },
-        };
-        let present: HashSet<String> = entries.iter().map(|entry| entry.key.clone()).collect();
-        let gone: Vec<Change> = known.difference(&present).map(|key| Change::Gone { key: key.clone() }).collect();
-        let mut told_now: Vec<Change> = entries.into_iter().map(Change::Put).chain(gone).collect();
-        if !told {
-            told_now.push(Change::Current);
-            told = true;
-        }
-        for change in told_now {
-            if sender.send(change).await.is_err() {
-                return;
-            }
-        }
-        known = present;
-        loop {
-            let entry = tokio::select! {
-                entry = changes.next() => entry,
-                () = sender.closed() => return,
-            };
-            let Some(Ok(entry)) = entry else {
-                if let Some(Err(error)) = entry {
-                    tracing::warn!(%error, bucket = store.name, "a watch broke off; starting it anew");
-                }
-                break;
-            };
-            let change = if entry.operation == Operation::Put {
-                known.insert(entry.key.clone());
-                Change::Put(Entry { key: entry.key, value: entry.value, revision: entry.revision })
-            } else {
-                known.remove(&entry.key);
-                Change::Gone { key: entry.key }
-            };
-            if sender.send(change).await.is_err() {
-                return;
-            }
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
 
