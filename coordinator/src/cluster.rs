@@ -44,6 +44,7 @@ impl Cluster {
         let mut queues = Vec::with_capacity(names.len());
         for (name, capacity) in names {
             let depth = self.ledger.bus().depth(&name).await?;
+            self.directory.set_depth(&name, depth.ready + depth.leased);
             let oldest_age_seconds = depth.oldest_age.unwrap_or_default().as_secs_f64();
             queues.push(Queue { name, ready: depth.ready, leased: depth.leased, capacity, oldest_age_seconds });
         }

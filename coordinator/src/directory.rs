@@ -1,7 +1,7 @@
 //! Which models and workers there are, kept current by watching the bus.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError, RwLock},
 };
 
@@ -25,6 +25,8 @@ struct Inner {
     ledger: Ledger,
     state: Arc<RwLock<State>>,
     declared: Mutex<HashSet<(String, String)>>,
+    /// Tasks in each queue: as last measured, and those added here since.
+    depths: Mutex<HashMap<String, u64>>,
     watchers: [AbortHandle; 2],
 }
 
@@ -78,7 +80,7 @@ impl Directory {
             }
         });
         let watchers = [models, workers.await?];
-        Ok(Self(Arc::new(Inner { ledger, state, declared: Mutex::default(), watchers })))
+        Ok(Self(Arc::new(Inner { ledger, state, declared: Mutex::default(), depths: Mutex::default(), watchers })))
     }
 
     fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
@@ -138,6 +140,21 @@ impl Directory {
                 }
             }
         })
+    }
+
+    /// About how many tasks a queue holds.
+    pub fn depth(&self, queue: &str) -> u64 {
+        self.0.depths.lock().unwrap_or_else(PoisonError::into_inner).get(queue).copied().unwrap_or(0)
+    }
+
+    /// Notes what was measured.
+    pub fn set_depth(&self, queue: &str, depth: u64) {
+        self.0.depths.lock().unwrap_or_else(PoisonError::into_inner).insert(queue.to_owned(), depth);
+    }
+
+    /// Notes that a task was added.
+    pub fn add_task(&self, queue: &str) {
+        *self.0.depths.lock().unwrap_or_else(PoisonError::into_inner).entry(queue.to_owned()).or_default() += 1;
     }
 
     /// Makes sure that the model's queues are there, asking the bus once.

@@ -89,7 +89,10 @@ impl Follower {
             }
             look = tokio::select! {
                 event = events.next() => match event {
-                    Some(event) => self.hear(&event.payload).await.map_err(|_| None)?,
+                    Some(event) => match self.hear(&event.payload).await.map_err(|_| None)? {
+                        Heard::Enough => return Ok(()),
+                        heard => heard == Heard::Look,
+                    },
                     None => {
                         tokio::time::sleep(GUARD).await;
                         true
@@ -124,36 +127,48 @@ impl Follower {
         Ok(ended)
     }
 
-    /// Passes an event on. True if the record must be read: an event was missed, or this was the last.
-    async fn hear(&mut self, payload: &[u8]) -> Result<bool, Stop> {
-        let Ok(event) = JobEvent::decode(payload) else { return Ok(true) };
+    /// Passes an event on, if it is the next one.
+    async fn hear(&mut self, payload: &[u8]) -> Result<Heard, Stop> {
+        let Ok(event) = JobEvent::decode(payload) else { return Ok(Heard::Look) };
         match &event.event {
             Some(Event::Step(_) | Event::Preview(_)) => {
                 // Worth less than keeping up: a slow client misses some.
                 let _ = self.client.try_send(Ok(event));
-                Ok(false)
+                Ok(Heard::On)
             }
-            _ if event.number <= self.last => Ok(false),
-            Some(Event::Done(_) | Event::Failed(_)) => Ok(true),
-            _ if event.number == self.last + 1 => {
+            _ if event.number <= self.last => Ok(Heard::On),
+            _ if event.number > self.last + 1 => Ok(Heard::Look),
+            last => {
+                let ended = matches!(last, Some(Event::Done(_) | Event::Failed(_)));
                 self.tell(event).await?;
-                Ok(false)
+                Ok(if ended { Heard::Enough } else { Heard::On })
             }
-            _ => Ok(true),
         }
     }
 
     async fn tell(&mut self, mut event: JobEvent) -> Result<(), Stop> {
-        if self.wish.inline_images
-            && let Some(Event::Image(image)) = &mut event.event
-            && image.length <= MAX_INLINE
-        {
-            let bytes: Option<Bytes> = read_object(self.ledger.bus().as_ref(), &image.hash).await.map_err(Stop::Bus)?;
-            image.data = bytes.unwrap_or_default();
+        if let Some(Event::Image(image)) = &mut event.event {
+            if !self.wish.inline_images {
+                image.data = Bytes::new();
+            } else if image.data.is_empty() && image.length <= MAX_INLINE {
+                let bytes = read_object(self.ledger.bus().as_ref(), &image.hash).await.map_err(Stop::Bus)?;
+                image.data = bytes.unwrap_or_default();
+            }
         }
         self.last = event.number;
         self.client.send(Ok(event)).await.map_err(|_| Stop::Gone)
     }
+}
+
+/// What follows from an event.
+#[derive(Debug, PartialEq, Eq)]
+enum Heard {
+    /// Listen on.
+    On,
+    /// One was missed: read the record.
+    Look,
+    /// That was the last.
+    Enough,
 }
 
 enum Stop {

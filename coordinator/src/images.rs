@@ -105,8 +105,8 @@ impl Images {
             }
             id = standing.job_id;
             if let Some(record) = self.ledger.job(&id).await.map_err(unavailable)? {
-                // Whoever created it may have died before it published the task.
-                if !record.log.iter().any(|event| matches!(event.event, Some(Event::Queued(_)))) {
+                // Whoever created it may have died before it published the task. Published again, it is stored once.
+                if record.job.as_ref().is_some_and(|job| job.state() == JobState::Accepted) {
                     self.publish(&record, trace).await?;
                 }
                 return Ok((record, true));
@@ -116,7 +116,8 @@ impl Images {
         let request = validate::resolve(request, &model, self.options.default_deadline)?;
         let now = SystemTime::now();
         let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
-        let record = transition::accepted(id, request, model, now, now + deadline);
+        let depth = self.directory.depth(&names::brain_queue(&model.brain, request.lane()));
+        let record = transition::accepted(id, request, model, now, now + deadline, depth + 1);
         if !self.ledger.create_job(&record).await.map_err(unavailable)? {
             // Another request with the same key was quicker.
             let standing = self.ledger.job(job_id(&record)).await.map_err(unavailable)?;
@@ -125,8 +126,11 @@ impl Images {
         match self.publish(&record, trace).await {
             Ok(()) => Ok((record, false)),
             Err(error) => {
-                // Refused, so it must not linger. (If this fails too, it expires.)
-                let _ = self.ledger.bus().delete(Bucket::Jobs, job_id(&record)).await;
+                // Certainly not stored, so the job must not linger. After other errors it may have been: the job stays, and a second
+                // request with the same key finds it. (If nobody asks again, it expires.)
+                if error.code == ErrorCode::QueueFull {
+                    let _ = self.ledger.bus().delete(Bucket::Jobs, job_id(&record)).await;
+                }
                 Err(error)
             }
         }
@@ -144,6 +148,7 @@ impl Images {
             request: Some(request),
             model: Some(model.clone()),
             expires_at_ms: job.expires_at.as_ref().map_or(0, |at| time::unix_ms(time::system_time(at))),
+            known: self.ledger.known(&job.job_id),
         };
         let task = NewTask {
             key: job.job_id.clone(),
@@ -154,14 +159,7 @@ impl Images {
         let published = self.ledger.bus().publish(&queue, task).await.map_err(unavailable)?;
         if published == Published::Stored {
             tracing::info!(job_id = job.job_id, trace_id = trace.trace_id, queue, "accepted");
-            let (ledger, id) = (self.ledger.clone(), job.job_id.clone());
-            // Nobody waits for it: the job is durable already, and the depth is a courtesy.
-            tokio::spawn(async move {
-                let depth = ledger.bus().depth(&queue).await.map_or(0, |depth| depth.ready + depth.leased);
-                if let Err(error) = ledger.apply(&id, &Transition::Queued { depth }).await {
-                    tracing::warn!(job_id = id, %error, "cannot note that a job waits");
-                }
-            });
+            self.directory.add_task(&queue);
         }
         Ok(())
     }

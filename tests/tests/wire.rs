@@ -127,6 +127,7 @@ fn every_error_keeps_what_it_says_on_the_wire() {
     }
     assert!(ErrorCode::try_from(20).is_err(), "a new code belongs into this test");
     // What callers sent is repeated in errors, which travel in headers: only so much of it.
-    let long = efferent_proto::ApiError::new(ErrorCode::UnknownJob, "\u{e9}".repeat(100_000)).limit("x".repeat(100_000));
+    let long =
+        efferent_proto::ApiError::new(ErrorCode::UnknownJob, "\u{e9}".repeat(100_000)).limit("x".repeat(100_000));
     assert!(long.message.len() <= 512 && long.limit.len() <= 512 && long.message.ends_with("..."));
 }

@@ -170,14 +170,7 @@ impl Worker {
     }
 
     async fn admit(&self, delivery: Delivery) -> Option<Taken> {
-        let task = match BrainTask::decode(delivery.payload.clone()) {
-            Ok(task) => task,
-            Err(error) => {
-                tracing::error!(job_id = delivery.job, %error, "a task cannot be decoded; dropped");
-                let _ = delivery.lease.terminate("malformed").await;
-                return None;
-            }
-        };
+        let task: BrainTask = task::read(&delivery).await?;
         let conditioning = Transition::Conditioning { worker_id: self.member.id().to_owned() };
         let admission = task::admit(
             &self.ledger,
@@ -185,6 +178,7 @@ impl Worker {
             &self.cancellations,
             delivery,
             task.expires_at_ms,
+            task.known.as_ref(),
             &conditioning,
         )
         .await;
@@ -228,6 +222,7 @@ impl Worker {
         let recorded: Vec<u32> = transition::images(&record).map(|image| image.image_index).collect();
         let images = (0..request.image_count().max(1)).filter(|index| !recorded.contains(index));
         let headers = held.trace().child().headers();
+        let known = self.ledger.known(&task.job_id);
         let published = join_all(images.map(|image_index| {
             let hand_task = HandTask {
                 job_id: task.job_id.clone(),
@@ -237,6 +232,7 @@ impl Worker {
                 model: Some(model.clone()),
                 expires_at_ms: task.expires_at_ms,
                 signal: Some(signal.clone()),
+                known: known.clone(),
             };
             let key = names::result_key(&task.job_id, image_index);
             let new = NewTask { key, job: task.job_id.clone(), headers: headers.clone(), payload: encode(&hand_task) };

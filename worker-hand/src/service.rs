@@ -5,6 +5,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bytes::Bytes;
 use efferent_bus::{
     Delivery,
     ledger::{Ledger, Transition, encode},
@@ -34,6 +35,9 @@ use crate::{
     encode as files,
     engine_loop::{EngineLoop, Order, Update},
 };
+
+/// Files of up to this many bytes travel in the event that tells of the image, so that nobody who listens has to fetch them.
+const MAX_TOLD: usize = 64 * 1024;
 
 /// How a hand worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -146,14 +150,7 @@ async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Mo
 impl Worker {
     async fn render(&self, delivery: Delivery) {
         let _in_flight = self.member.hold();
-        let task = match HandTask::decode(delivery.payload.clone()) {
-            Ok(task) => task,
-            Err(error) => {
-                tracing::error!(job_id = delivery.job, %error, "a task cannot be decoded; dropped");
-                let _ = delivery.lease.terminate("malformed").await;
-                return;
-            }
-        };
+        let Some(task) = task::read::<HandTask>(&delivery).await else { return };
         if let Err(error) = self.settle(delivery, &task).await {
             tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
         }
@@ -161,9 +158,16 @@ impl Worker {
 
     async fn settle(&self, delivery: Delivery, task: &HandTask) -> efferent_bus::Result<()> {
         let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
-        let admission =
-            task::admit(&self.ledger, self.member.id(), &self.cancellations, delivery, task.expires_at_ms, &rendering)
-                .await?;
+        let admission = task::admit(
+            &self.ledger,
+            self.member.id(),
+            &self.cancellations,
+            delivery,
+            task.expires_at_ms,
+            task.known.as_ref(),
+            &rendering,
+        )
+        .await?;
         let Admission::Go(held, record) = admission else { return Ok(()) };
         // An earlier attempt may have recorded the image and died before it could say so.
         if held.attempt() > 1
@@ -268,10 +272,11 @@ impl Worker {
             Err(error) => return held.failed(&EngineError::Crashed(error.to_string())).await,
         };
         let length = file.len() as u64;
+        let told = if file.len() <= MAX_TOLD { file.clone() } else { Bytes::new() };
         let hash = self.ledger.bus().put_object(file, Some(self.ledger.options().retention)).await?;
         let mut image = Image {
             image_index: task.image_index,
-            hash,
+            hash: hash.clone(),
             length,
             size: Some(size),
             seed: task.seed,
@@ -282,7 +287,10 @@ impl Worker {
             ..Default::default()
         };
         image.set_format(task.request.as_ref().map(GenerateRequest::format).unwrap_or_default());
-        let image = self.ledger.record_result(&task.job_id, image).await?;
+        let mut image = self.ledger.record_result(&task.job_id, image).await?;
+        if image.hash == hash {
+            image.data = told;
+        }
         self.ledger.apply(&task.job_id, &Transition::Image(image)).await?;
         metrics::counter!("efferent_images_total").increment(1);
         held.done().await

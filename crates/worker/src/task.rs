@@ -13,12 +13,13 @@ use efferent_bus::{
 };
 use efferent_proto::{
     ApiError,
-    internal::{DeadLetter, JobRecord},
+    internal::{DeadLetter, JobRecord, KnownJob},
     names, time,
     v1::{ErrorCode, JobState},
 };
 use efferent_service::trace;
 use futures::StreamExt as _;
+use prost::Message;
 use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -99,7 +100,20 @@ pub enum Admission {
     Dropped,
 }
 
-/// Takes on a pulled task: reports `transition`, and drops the task if the job wants it no more or it was tried too often.
+/// The message of a pulled task. One that cannot be decoded is logged and removed: it would fail everywhere.
+pub async fn read<M: Message + Default>(delivery: &Delivery) -> Option<M> {
+    match M::decode(delivery.payload.clone()) {
+        Ok(task) => Some(task),
+        Err(error) => {
+            tracing::error!(job_id = delivery.job, queue = delivery.queue, %error, "a task cannot be decoded; dropped");
+            let _ = delivery.lease.terminate("malformed").await;
+            None
+        }
+    }
+}
+
+/// Takes on a pulled task: reports `transition`, and drops the task if the job wants it no more or it was tried too often. `known` is what
+/// came with the task.
 ///
 /// # Errors
 /// If the bus is unavailable; the task is delivered again when its lease ends.
@@ -109,6 +123,7 @@ pub async fn admit(
     cancellations: &Cancellations,
     delivery: Delivery,
     expires_at_ms: i64,
+    known: Option<&KnownJob>,
     transition: &Transition,
 ) -> efferent_bus::Result<Admission> {
     let Delivery { queue, job, attempt, headers, payload, lease, published_at, .. } = delivery;
@@ -131,6 +146,9 @@ pub async fn admit(
     if time::unix_ms(SystemTime::now()) >= expires_at_ms {
         held.expire().await?;
         return Ok(Admission::Dropped);
+    }
+    if let Some(known) = known.filter(|_| attempt == 1) {
+        held.ledger.remember(known.clone());
     }
     match held.ledger.apply(&held.job_id, transition).await? {
         Outcome::Changed(record) => Ok(Admission::Go(Box::new(held), record)),

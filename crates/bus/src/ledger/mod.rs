@@ -11,9 +11,9 @@ use std::{
 
 use bytes::Bytes;
 use efferent_proto::{
-    internal::{DeadLetter, IdempotencyRecord, JobRecord, ResultRecord},
+    internal::{DeadLetter, IdempotencyRecord, JobRecord, KnownJob, ResultRecord},
     names,
-    v1::{Image, Model, Worker},
+    v1::{Image, JobEvent, Model, Worker, job_event::Event},
 };
 use moka::sync::Cache;
 use prost::Message;
@@ -60,7 +60,7 @@ pub struct Ledger {
     options: Options,
     /// Records as this process last wrote them, with their revision: the next change can do without reading first. Never trusted for an
     /// answer, only for a swap, which fails if it is out of date.
-    known: Cache<String, Arc<(u64, JobRecord)>>,
+    known: Cache<String, Arc<KnownJob>>,
 }
 
 /// What became of a transition.
@@ -118,9 +118,21 @@ impl Ledger {
         let id = job_id(record);
         let created = self.bus.create(Bucket::Jobs, id, encode(record), Some(self.options.retention)).await?;
         if let Some(revision) = created {
-            self.known.insert(id.to_owned(), Arc::new((revision, record.clone())));
+            self.remember(KnownJob { record: Some(record.clone()), revision });
         }
         Ok(created.is_some())
+    }
+
+    /// What this process knows of a job, to send along with a task.
+    pub fn known(&self, job_id: &str) -> Option<KnownJob> {
+        self.known.get(job_id).map(|known| known.as_ref().clone())
+    }
+
+    /// Takes over what another process knew of a job.
+    pub fn remember(&self, known: KnownJob) {
+        if let Some(record) = &known.record {
+            self.known.insert(job_id(record).to_owned(), Arc::new(known));
+        }
     }
 
     /// A job.
@@ -134,12 +146,13 @@ impl Ledger {
     }
 
     /// Applies a transition, however many others change the job at the same time, and tells the new events to whoever listens.
+    /// The bytes of an image are told, not kept.
     pub async fn apply(&self, job_id: &str, transition: &Transition) -> Result<Outcome> {
         let mut known = self.known.get(job_id);
         for _ in 0..MAX_SWAPS {
             let remembered = known.is_some();
             let (revision, mut record) = match known.take() {
-                Some(known) => (known.0, known.1.clone()),
+                Some(known) => (known.revision, known.record.clone().unwrap_or_default()),
                 None => {
                     let Some(entry) = self.bus.get(Bucket::Jobs, job_id).await? else { return Ok(Outcome::Unknown) };
                     (entry.revision, decode(&entry.value, "job", job_id)?)
@@ -158,11 +171,17 @@ impl Ledger {
             if record.job.as_ref().is_some_and(|job| is_final(job.state())) {
                 self.known.invalidate(job_id);
             } else {
-                self.known.insert(job_id.to_owned(), Arc::new((revision, record.clone())));
+                self.remember(KnownJob { record: Some(record.clone()), revision });
             }
             for event in &record.log[before..] {
+                let event = match (transition, &event.event) {
+                    (Transition::Image(image), Some(Event::Image(_))) => {
+                        encode(&JobEvent { event: Some(Event::Image(image.clone())), ..event.clone() })
+                    }
+                    _ => encode(event),
+                };
                 // At most once: a watcher that misses it reads it from the record.
-                let _ = self.bus.emit(&names::job_events(job_id), encode(event)).await;
+                let _ = self.bus.emit(&names::job_events(job_id), event).await;
             }
             return Ok(Outcome::Changed(Box::new(record)));
         }

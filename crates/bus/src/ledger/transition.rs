@@ -14,11 +14,6 @@ use efferent_proto::{
 /// A change of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Transition {
-    /// Its brain task is in the queue, which holds this many.
-    Queued {
-        /// Tasks in the queue.
-        depth: u64,
-    },
     /// A brain has taken it.
     Conditioning {
         /// Which.
@@ -45,13 +40,14 @@ pub fn is_final(state: JobState) -> bool {
     matches!(state, JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::Expired)
 }
 
-/// The record of a job that is being accepted. `request` has every default filled in.
+/// The record of a job that is being accepted, and whose task will be in a queue of about `depth` tasks. `request` has every default filled in.
 pub fn accepted(
     job_id: String,
     request: GenerateRequest,
     model: Model,
     now: SystemTime,
     expires_at: SystemTime,
+    depth: u64,
 ) -> JobRecord {
     use efferent_proto::v1::Accepted;
     let job = Job {
@@ -69,6 +65,7 @@ pub fn accepted(
         Event::Accepted(Accepted { request: Some(request), expires_at, existing: false }),
         now,
     );
+    append(&mut record, JobState::Accepted, Event::Queued(Queued { depth }), now);
     record
 }
 
@@ -79,14 +76,7 @@ pub fn apply(record: &mut JobRecord, transition: &Transition, now: SystemTime) -
     if is_final(state) {
         return false;
     }
-    let logged = |wanted: fn(&Event) -> bool| record.log.iter().filter_map(|e| e.event.as_ref()).any(wanted);
     match transition {
-        Transition::Queued { depth } => {
-            if logged(|event| matches!(event, Event::Queued(_))) {
-                return false;
-            }
-            append(record, state, Event::Queued(Queued { depth: *depth }), now);
-        }
         Transition::Conditioning { worker_id } => {
             if state != JobState::Accepted {
                 return false;
@@ -108,7 +98,8 @@ pub fn apply(record: &mut JobRecord, transition: &Transition, now: SystemTime) -
             if images(record).any(|known| known.image_index == image.image_index) {
                 return false;
             }
-            append(record, JobState::Rendering, Event::Image(image.clone()), now);
+            let kept = Image { data: Default::default(), ..image.clone() };
+            append(record, JobState::Rendering, Event::Image(kept), now);
             let wanted = record
                 .job
                 .as_ref()
@@ -166,7 +157,7 @@ mod tests {
     fn job(image_count: u32) -> JobRecord {
         let now = SystemTime::now();
         let request = GenerateRequest { image_count: Some(image_count), ..Default::default() };
-        accepted("job".to_owned(), request, Model::default(), now, now)
+        accepted("job".to_owned(), request, Model::default(), now, now, 0)
     }
 
     fn image(image_index: u32) -> Transition {
