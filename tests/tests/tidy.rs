@@ -65,17 +65,19 @@ fn imports_go_one_way() {
     }
 }
 
-/// Files that git knows or would take.
+/// Every file of the source tree.
 fn files() -> Vec<PathBuf> {
-    let root = root();
-    let output = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
-        .current_dir(&root)
-        .output()
-        .expect("git ls-files");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let names = String::from_utf8(output.stdout).expect("UTF-8");
-    let files: Vec<_> = names.lines().map(|name| root.join(name)).filter(|path| path.is_file()).collect();
+    let made = |name: &str| name.starts_with('.') || ["target", "out", "__pycache__"].contains(&name);
+    let (mut folders, mut files) = (vec![root()], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).expect("a folder") {
+            let path = entry.expect("an entry").path();
+            if path.file_name().and_then(|name| name.to_str()).is_none_or(made) {
+                continue;
+            }
+            if path.is_dir() { folders.push(path) } else { files.push(path) }
+        }
+    }
     assert!(files.len() > 50, "the tree is found");
     files
 }
@@ -116,4 +118,21 @@ fn crates_and_folders_open_with_a_map() {
             assert!(text.starts_with("//!"), "{} does not say what it is", path.display());
         }
     }
+}
+
+#[test]
+fn every_metric_is_described() {
+    let described = std::fs::read_to_string(root().join("crates/service/src/meters.rs")).expect("the list");
+    let mut found = 0;
+    for path in files().into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "rs")) {
+        let text = std::fs::read_to_string(&path).expect("UTF-8");
+        for kind in ["counter!(\"", "gauge!(\"", "histogram!(\""] {
+            for rest in text.split(&format!("metrics::{kind}")).skip(1) {
+                let name = rest.split('"').next().unwrap_or_default();
+                assert!(described.contains(&format!("\"{name}\"")), "{name} of {} is not in meters.rs", path.display());
+                found += 1;
+            }
+        }
+    }
+    assert!(found > 15, "metrics are found");
 }

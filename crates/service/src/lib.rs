@@ -6,6 +6,7 @@
 //! Deliberately absent: what any particular process does, and where its settings come from (that is the command line's).
 
 pub mod admin;
+mod meters;
 pub mod shutdown;
 pub mod telemetry;
 pub mod trace;

@@ -6,7 +6,7 @@ use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::{EnvFilter, Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
-use crate::trace;
+use crate::{meters, trace};
 
 /// How a process tells what it does.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -114,6 +114,7 @@ pub fn metrics() -> Result<PrometheusHandle, Error> {
         })
         .and_then(PrometheusBuilder::install_recorder)
         .map_err(|error| Error::Installed(error.to_string()))?;
+    meters::describe();
     metrics::gauge!("efferent_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
     Ok(HANDLE.get_or_init(|| handle).clone())
 }

@@ -129,6 +129,9 @@ pub async fn admit(
     let Delivery { queue, job, attempt, headers, payload, lease, published_at, .. } = delivery;
     let waited = SystemTime::now().duration_since(published_at).unwrap_or_default();
     metrics::histogram!("efferent_queue_wait_seconds", "queue" => queue.clone()).record(waited.as_secs_f64());
+    if attempt > 1 {
+        metrics::counter!("efferent_redeliveries_total", "queue" => queue.clone()).increment(1);
+    }
     // Registered before the record is read: a cancellation in between is seen by one or the other.
     let token = cancellations.add(&job);
     let lease: Arc<dyn Lease> = lease.into();

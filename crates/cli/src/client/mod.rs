@@ -12,6 +12,7 @@ pub(crate) mod jobs;
 pub(crate) mod json;
 pub(crate) mod progress;
 pub(crate) mod ready;
+mod terminal;
 
 use std::time::Duration;
 

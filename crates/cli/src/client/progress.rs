@@ -11,6 +11,11 @@ use std::{
 use efferent_proto::v1::{GenerateRequest, JobEvent, job_event::Event};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::{
+    client::terminal::{self, Protocol},
+    output,
+};
+
 /// Columns that a picture takes at most: with two pixels to a character, 24 rows of a square one.
 const PICTURE_COLUMNS: u32 = 48;
 const PREVIEW_COLUMNS: u32 = 24;
@@ -22,7 +27,8 @@ pub(crate) struct Progress {
     images: u64,
     /// Steps done, by image.
     steps: BTreeMap<u32, u32>,
-    pictures: bool,
+    /// How pictures are shown, if they are.
+    pictures: Option<Protocol>,
 }
 
 impl Progress {
@@ -32,8 +38,9 @@ impl Progress {
         bar.set_style(style("{spinner} {msg} {elapsed}"));
         bar.set_message(stage);
         bar.enable_steady_tick(Duration::from_millis(100));
-        let can_show = stdout().is_terminal() && std::env::var_os("TERM").is_some_and(|term| term != "dumb");
-        Self { bar, images: 1, steps: BTreeMap::new(), pictures: pictures && can_show }
+        let can_show = pictures && stdout().is_terminal();
+        let pictures = can_show.then(|| terminal::protocol(|name| std::env::var(name).ok())).flatten();
+        Self { bar, images: 1, steps: BTreeMap::new(), pictures }
     }
 
     /// Tells of another stage.
@@ -91,16 +98,11 @@ impl Progress {
     }
 
     fn picture(&self, data: &[u8], columns: u32) {
-        if !self.pictures {
-            return;
-        }
+        let Some(protocol) = self.pictures else { return };
         // A picture that cannot be shown is still in its file.
         let Ok(picture) = image::load_from_memory(data) else { return };
-        let width = columns.min(u32::from(viuer::terminal_size().0)).max(1);
-        let config = viuer::Config { absolute_offset: false, width: Some(width), ..Default::default() };
-        self.bar.suspend(|| {
-            let _ = viuer::print(&picture, &config);
-        });
+        let shown = terminal::show(&picture, columns.min(terminal::columns()).max(1), protocol);
+        self.bar.suspend(|| drop(output::bytes(shown.as_bytes())));
     }
 
     /// Runs something that writes to the terminal.

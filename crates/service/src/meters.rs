@@ -1,0 +1,55 @@
+//! Every metric of ours: what Prometheus shows as its help text. `tests/tests/tidy.rs` checks that none is left out.
+
+/// A metric's name and what it tells, with its labels.
+type Meter = (&'static str, &'static str);
+
+const COUNTERS: &[Meter] = &[
+    (
+        "efferent_requests_total",
+        "Calls to a coordinator, by method and by the code they were answered with (OK or an error's code)",
+    ),
+    ("efferent_images_total", "Images recorded by this hand"),
+    ("efferent_results_duplicate_total", "Images that a late attempt rendered though they were recorded, and dropped"),
+    ("efferent_redeliveries_total", "Tasks this worker got that others had had before it, by queue"),
+    ("efferent_tasks_failed_total", "Attempts at tasks that failed, by queue"),
+    ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
+    ("efferent_dead_letters_total", "Tasks that failed for good, by queue"),
+    ("efferent_signal_cache_total", "Prompts looked for among the cached control signals, by result (hit or miss)"),
+    ("efferent_engine_panics_total", "Times that the engine panicked and was built anew"),
+];
+
+const GAUGES: &[Meter] = &[
+    ("efferent_build_info", "1, by version"),
+    ("efferent_queue_ready", "Tasks that wait, by queue, as a coordinator measured"),
+    ("efferent_queue_leased", "Tasks that workers hold, by queue, as a coordinator measured"),
+    (
+        "efferent_queue_oldest_age_seconds",
+        "Since when the oldest task has been in the queue, by queue, as a coordinator measured",
+    ),
+    ("efferent_worker_in_flight", "Tasks that this worker holds"),
+];
+
+const HISTOGRAMS: &[Meter] = &[
+    ("efferent_request_seconds", "Time from a call to its answer (of streams: to their start), by method"),
+    ("efferent_queue_wait_seconds", "Time from a task's publication to its pull, by queue"),
+    ("efferent_brain_batch_size", "Prompts that a brain embedded together"),
+    ("efferent_brain_embed_seconds", "Time of a brain's forward pass"),
+    ("efferent_brain_publish_seconds", "Time to publish a job's tasks for hands"),
+    ("efferent_hand_batch_size", "Samples that a hand advanced together"),
+    ("efferent_hand_step_seconds", "Time of a step of a hand's batch"),
+    ("efferent_hand_decode_seconds", "Time to decode an image"),
+    ("efferent_hand_render_seconds", "Time from an image's joining the batch to its picture"),
+];
+
+/// Tells the recorder what each metric is.
+pub(crate) fn describe() {
+    for &(name, help) in COUNTERS {
+        metrics::describe_counter!(name, help);
+    }
+    for &(name, help) in GAUGES {
+        metrics::describe_gauge!(name, help);
+    }
+    for &(name, help) in HISTOGRAMS {
+        metrics::describe_histogram!(name, help);
+    }
+}
