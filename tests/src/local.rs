@@ -1,15 +1,18 @@
 //! A cluster in this process.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use efferent_brain::families::sim as brains;
 use efferent_bus::{
-    SharedBus,
+    Bucket, SharedBus,
     embedded::Embedded,
     ledger::{Ledger, Options},
 };
 use efferent_hand::families::sim as hands;
-use efferent_proto::v1::cluster_service_client::ClusterServiceClient;
+use efferent_proto::v1::{ListWorkersRequest, WorkerState, cluster_service_client::ClusterServiceClient};
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{Brain, Hand},
@@ -26,6 +29,7 @@ use crate::calls::{Client, PATIENCE};
 pub struct Cluster {
     /// The records.
     pub ledger: Ledger,
+    coordinators: Mutex<Vec<String>>,
     _folder: TempDir,
 }
 
@@ -101,7 +105,7 @@ impl Cluster {
     pub async fn with(options: Options) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let bus: SharedBus = Arc::new(Embedded::open(folder.path()).await.expect("an embedded queue"));
-        Self { ledger: Ledger::new(bus, options), _folder: folder }
+        Self { ledger: Ledger::new(bus, options), coordinators: Mutex::default(), _folder: folder }
     }
 
     /// Starts a coordinator.
@@ -116,7 +120,27 @@ impl Cluster {
         let (shutdown, readiness) = (Shutdown::new(), Readiness::default());
         let service =
             efferent_coordinator::run(options, self.ledger.clone(), listener, readiness.clone(), shutdown.clone());
+        self.coordinators.lock().expect("is not poisoned").push(url.clone());
         Coordinator { service: Service::start(shutdown, readiness, service).await, url }
+    }
+
+    /// Waits until every coordinator that listens knows of all workers there are: they hear of them a moment later.
+    pub async fn settled(&self) {
+        let coordinators = self.coordinators.lock().expect("is not poisoned").clone();
+        for url in coordinators {
+            let Ok(mut client) = ClusterServiceClient::connect(url).await else { continue };
+            let same = async {
+                loop {
+                    let there = self.ledger.bus().list(Bucket::Workers).await.expect("workers").len();
+                    let known = client.list_workers(ListWorkersRequest {}).await.expect("workers").into_inner().workers;
+                    if known.len() == there && known.iter().all(|worker| worker.state() != WorkerState::Starting) {
+                        return;
+                    }
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            };
+            tokio::time::timeout(PATIENCE, same).await.expect("coordinators hear of workers");
+        }
     }
 
     /// Starts a brain.
@@ -126,7 +150,9 @@ impl Cluster {
         let ledger = self.ledger.clone();
         let service =
             efferent_brain::run(options, factory, vec!["cpu".to_owned()], ledger, readiness.clone(), shutdown.clone());
-        Service::start(shutdown, readiness, service).await
+        let service = Service::start(shutdown, readiness, service).await;
+        self.settled().await;
+        service
     }
 
     /// Starts a hand.
@@ -136,7 +162,9 @@ impl Cluster {
         let ledger = self.ledger.clone();
         let service =
             efferent_hand::run(options, factory, vec!["cpu".to_owned()], ledger, readiness.clone(), shutdown.clone());
-        Service::start(shutdown, readiness, service).await
+        let service = Service::start(shutdown, readiness, service).await;
+        self.settled().await;
+        service
     }
 
     /// Starts a simulated brain that takes no time.

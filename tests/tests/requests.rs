@@ -176,6 +176,7 @@ async fn what_cannot_be_served_is_refused_at_once() {
     let hand = cluster.sim_hand(Duration::ZERO).await;
     assert_eq!(durable(&generate(&mut client, named.clone()).await, 0).last(), Some(&"done"));
     brain.stop().await;
+    cluster.settled().await;
     let error = refused(&mut client, named).await;
     assert_eq!(error.code, ErrorCode::NoWorker);
     assert!(error.message.contains("brain"), "{}", error.message);
