@@ -55,8 +55,9 @@ def main():
     options = parser.parse_args()
     state = torch.load(options.folder / "pipeline.pt", weights_only=False)
     decoder = torch.load(options.folder / "autoencoder.pt")["decoder"]
+    connector = torch.load(options.folder / "connector.pt")["connector"]
     part = lambda name: {k.removeprefix(name + "."): v for k, v in state["average"].items() if k.startswith(name + ".")}
-    export(state["config"], part("conn"), part("hand"), decoder, state["mean"], state["std"], options.out)
+    export(state["config"], connector, part("hand"), decoder, state["mean"], state["std"], options.out)
     print(options.out)
 
 

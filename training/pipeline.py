@@ -52,7 +52,12 @@ def captions(language, folder, name, count, seed, log, unseen=False):
         return torch.load(path, weights_only=False)
     rng = random.Random(seed)
     made = [scenes.sample(rng, unseen=unseen) for _ in range(count)]
-    texts = [scenes.caption(s, rng) for s in made]
+    return read(language, path, made, [scenes.caption(s, rng) for s in made], log)
+
+
+def read(language, path, made, texts, log):
+    """Token states of captions, shortest first, written to `path`."""
+    count, name = len(made), path.stem
     order = sorted(range(count), key=lambda i: len(texts[i]))
     made, texts = [made[i] for i in order], [texts[i] for i in order]
     states, offsets = [], [0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from . import autoencoder, packages, pipeline
+from . import autoencoder, packages, pipeline, words
 from .language import Language
 
 
@@ -37,6 +37,8 @@ def main():
     parser.add_argument("--autoencoder-minutes", type=float, default=22)
     parser.add_argument("--minutes", type=float, default=110, help="connector and hand")
     parser.add_argument("--captions", type=int, default=20000)
+    parser.add_argument("--word-minutes", type=float, default=12, help="more words for the connector, at last")
+    parser.add_argument("--word-captions", type=int, default=12000)
     parser.add_argument("--warm", type=Path, help="an exported pipeline (safetensors) to start from, such as one for fewer objects")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -52,7 +54,9 @@ def main():
 
     warm = parts(options.warm) if options.warm else None
     autoencoder.train(options.folder, options.autoencoder_minutes * 60, log, warm)
-    pipeline.train(options.folder, Language(packages.gguf()), options.minutes * 60, options.captions, log, warm)
+    language = Language(packages.gguf())
+    pipeline.train(options.folder, language, options.minutes * 60, options.captions, log, warm)
+    words.train(options.folder, language, options.word_minutes * 60, options.word_captions, log)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class Scene:
     position: str | None = None
     background: str = "plain white"
     beside: str = field(default="and")
+    # Its place in a list, where there is one.
+    number: int = 0
 
 
 def held_out(*key) -> bool:
@@ -151,6 +153,20 @@ def caption(scene: Scene, rng: random.Random, wording: float = 1.0) -> str:
     if rng.random() < .12:
         text = text[0].upper() + text[1:] + rng.choice((".", "", "!"))
     return text
+
+
+def plain_caption(scene: Scene) -> str:
+    """A caption in the first words of everything."""
+    size = lambda p: "" if p.size == "normal" else p.size
+    noun = lambda p: " ".join(filter(None, (size(p), p.color, THINGS[p.thing].name)))
+    phrases = [f"{COUNTS[p.count][0]} {' '.join(filter(None, (size(p), p.color, THINGS[p.thing].plural)))}" if p.count > 1 else article(noun(p)) for p in scene.parts]
+    link = RELATIONS[scene.relation][0][0] if scene.relation else scene.beside if scene.kind == "two" else "and"
+    words = f" {link} ".join(phrases)
+    if scene.position:
+        words += " " + POSITIONS[scene.position][2][0]
+    if scene.background.startswith("plain "):
+        return words if scene.background == "plain white" else f"{words} on a {scene.background[6:]} background"
+    return f"{words} {SCENES[scene.background][0][0]}"
 
 
 # --- pixels ------------------------------------------------------------------------------------------------------

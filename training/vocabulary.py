@@ -36,23 +36,23 @@ THINGS = load_things()
 
 # name -> (RGB, words of training, words kept for the evaluation)
 COLORS = {
-    "red": ((222, 38, 38), ("red", "red", "scarlet", "bright red", "ruby", "cherry red"), ("crimson",)),
-    "orange": ((247, 138, 22), ("orange", "orange", "bright orange", "tangerine", "orange colored"), ("amber",)),
-    "yellow": ((250, 208, 30), ("yellow", "yellow", "bright yellow", "lemon yellow", "canary"), ("golden yellow",)),
-    "green": ((46, 158, 60), ("green", "green", "grass green", "dark green", "lime", "olive"), ("emerald",)),
-    "blue": ((38, 98, 226), ("blue", "blue", "bright blue", "navy", "sky blue", "cobalt"), ("azure",)),
-    "purple": ((132, 56, 196), ("purple", "purple", "violet", "lilac", "dark purple", "lavender"), ("mauve",)),
-    "pink": ((246, 122, 186), ("pink", "pink", "hot pink", "light pink", "magenta", "rosy"), ("fuchsia",)),
-    "brown": ((134, 82, 42), ("brown", "brown", "chocolate brown", "dark brown", "chestnut", "tan"), ("coffee colored",)),
+    "red": ((222, 38, 38), ("red", "red", "scarlet", "bright red", "ruby", "cherry red", "fire engine red", "blood red", "tomato red", "vermilion", "carmine", "brick red", "reddish"), ("crimson",)),
+    "orange": ((247, 138, 22), ("orange", "orange", "bright orange", "tangerine", "orange colored", "pumpkin colored", "apricot", "rusty orange", "marigold", "carrot colored", "copper colored", "ginger"), ("amber",)),
+    "yellow": ((250, 208, 30), ("yellow", "yellow", "bright yellow", "lemon yellow", "canary", "sunny yellow", "mustard yellow", "honey yellow", "butter yellow", "banana yellow", "blond", "yellowish"), ("golden yellow",)),
+    "green": ((46, 158, 60), ("green", "green", "grass green", "dark green", "lime", "olive", "forest green", "jade", "mint green", "leaf green", "moss green", "kelly green", "greenish"), ("emerald",)),
+    "blue": ((38, 98, 226), ("blue", "blue", "bright blue", "navy", "sky blue", "cobalt", "royal blue", "ocean blue", "sapphire blue", "cerulean", "turquoise", "denim blue", "bluish"), ("azure",)),
+    "purple": ((132, 56, 196), ("purple", "purple", "violet", "lilac", "dark purple", "lavender", "plum colored", "amethyst", "eggplant colored", "royal purple", "grape colored", "orchid purple", "purplish"), ("mauve",)),
+    "pink": ((246, 122, 186), ("pink", "pink", "hot pink", "light pink", "magenta", "rosy", "rose pink", "bubblegum pink", "salmon pink", "blush pink", "flamingo pink", "pastel pink", "pinkish"), ("fuchsia",)),
+    "brown": ((134, 82, 42), ("brown", "brown", "chocolate brown", "dark brown", "chestnut", "tan", "cocoa colored", "caramel", "hazel", "mahogany", "umber", "cinnamon colored", "brownish"), ("coffee colored",)),
 }
 COLOR_NAMES = list(COLORS)
 
 # Where A lies, seen from B: words of training, words kept.
 RELATIONS = {
-    "left": (("to the left of", "left of", "on the left of", "on the left side of", "at the left of"), ("to the left hand side of",)),
-    "right": (("to the right of", "right of", "on the right of", "on the right side of", "at the right of"), ("to the right hand side of",)),
-    "above": (("above", "over", "on top of", "higher than", "directly above"), ("up above",)),
-    "below": (("below", "under", "beneath", "lower than", "directly below"), ("underneath",)),
+    "left": (("to the left of", "left of", "on the left of", "on the left side of", "at the left of", "just left of", "to the left side of", "immediately left of", "leftward of"), ("to the left hand side of",)),
+    "right": (("to the right of", "right of", "on the right of", "on the right side of", "at the right of", "just right of", "to the right side of", "immediately right of", "rightward of"), ("to the right hand side of",)),
+    "above": (("above", "over", "on top of", "higher than", "directly above", "just above", "right over", "hovering over", "upon", "at the top of"), ("up above",)),
+    "below": (("below", "under", "beneath", "lower than", "directly below", "just below", "right under", "placed under", "down below", "at the bottom of"), ("underneath",)),
 }
 BESIDE = ("and", "and", "next to", "beside", "with", "near", "together with")
 
@@ -60,13 +60,13 @@ BESIDE = ("and", "and", "next to", "beside", "with", "near", "together with")
 PLAIN = {"white": (255, 255, 255), "gray": (190, 194, 200), "black": (24, 24, 28), "red": (238, 120, 116), "yellow": (255, 234, 140), "green": (156, 214, 152),
          "blue": (152, 196, 246), "purple": (202, 168, 236), "pink": (252, 198, 222), "orange": (252, 196, 134)}
 SCENES = {
-    "grass": (("on the grass", "in a meadow", "in a green field", "on the lawn", "in the park"), ("in a pasture",)),
-    "beach": (("on the beach", "at the beach", "by the sea", "on a sandy beach", "at the seaside"), ("on the shore",)),
-    "night": (("at night", "in the night sky", "under the stars", "in space", "among the stars", "in the dark"), ("at midnight",)),
-    "water": (("in the ocean", "in the sea", "under water", "in the water", "in the deep blue sea"), ("in the lake",)),
-    "snow": (("in the snow", "on the snow", "in winter", "on the ice", "on a snowy day"), ("in a blizzard",)),
-    "sunset": (("at sunset", "at dusk", "in the evening", "in front of a sunset", "as the sun goes down"), ("at twilight",)),
-    "desert": (("in the desert", "in a sandy desert", "on a sand dune", "in the sahara", "on the dunes"), ("in a dry wasteland",)),
+    "grass": (("on the grass", "in a meadow", "in a green field", "on the lawn", "in the park", "in the grass", "on green grass", "on a grassy field", "in a garden", "on a green hill", "in the countryside"), ("in a pasture",)),
+    "beach": (("on the beach", "at the beach", "by the sea", "on a sandy beach", "at the seaside", "on the coast", "by the ocean", "on the sand near the waves", "in front of the waves", "on a tropical beach"), ("on the shore",)),
+    "night": (("at night", "in the night sky", "under the stars", "in space", "among the stars", "in the dark", "in the middle of the night", "at nighttime", "under a starry sky", "late at night", "in outer space", "in the moonlight"), ("at midnight",)),
+    "water": (("in the ocean", "in the sea", "under water", "in the water", "in the deep blue sea", "swimming in the sea", "underwater", "beneath the waves", "in a river", "in a pond", "in an aquarium"), ("in the lake",)),
+    "snow": (("in the snow", "on the snow", "in winter", "on the ice", "on a snowy day", "in a snowy landscape", "on a winter day", "in the cold snow", "in a snowstorm", "at the north pole", "in the frost"), ("in a blizzard",)),
+    "sunset": (("at sunset", "at dusk", "in the evening", "in front of a sunset", "as the sun goes down", "at sundown", "in the evening glow", "under an orange sky", "in the last light of day", "at the end of the day"), ("at twilight",)),
+    "desert": (("in the desert", "in a sandy desert", "on a sand dune", "in the sahara", "on the dunes", "in the hot sand", "among sand dunes", "in the arid desert", "in the gobi", "in death valley"), ("in a dry wasteland",)),
 }
 BACKGROUNDS = [f"plain {c}" for c in PLAIN] + list(SCENES)
 

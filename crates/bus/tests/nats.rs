@@ -147,3 +147,32 @@ async fn nothing_accepted_is_lost_when_the_server_is_killed() {
     expected.sort();
     assert_eq!(left, expected, "each task is there, leased ones too");
 }
+
+/// Says that it is nats-server 2.9.10, and answers pings.
+async fn old_server() -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("nats://{}", listener.local_addr().expect("an address"));
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let info = r#"{"server_id":"x","version":"2.9.10","go":"x","host":"127.0.0.1","port":4222,"headers":true,"max_payload":1048576,"proto":1,"jetstream":true}"#;
+            let _ = stream.write_all(format!("INFO {info}\r\n").as_bytes()).await;
+            let mut heard = [0; 4096];
+            while let Ok(read @ 1..) = stream.read(&mut heard).await {
+                if heard[..read].windows(4).any(|bytes| bytes == b"PING") {
+                    let _ = stream.write_all(b"PONG\r\n").await;
+                }
+            }
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn an_old_server_is_refused_by_its_version() {
+    let options = Options { url: old_server().await, ..Options::default() };
+    match Nats::connect(options).await {
+        Err(Error::Unfit(message)) => assert!(message.contains("2.9.10") && message.contains("2.12"), "{message}"),
+        other => panic!("{other:?}"),
+    }
+}
