@@ -5,18 +5,20 @@ export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 
 PROMPT ?= a red apple to the left of a blue fish
 OUT ?= demo.png
+# Handed on by the environment, so that quotes and dollars in a prompt are only that.
+export PROMPT OUT
 
 # Renders a picture from a prompt and prints where it is: make demo PROMPT="three cats in the snow" OUT=cats.png
 demo:
-	cargo build --release --workspace
-	target/release/efferent generate "$(PROMPT)" -o "$(OUT)"
+	cargo build --release --bin efferent
+	target/release/efferent generate -o "$$OUT" -- "$$PROMPT"
 
-test: tools lint
+test: lint
 	cargo build --release --workspace
 	target/release/efferent models fetch
 	cargo nextest run --release --workspace --no-tests pass
 
-lint:
+lint: tools
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo deny check bans licenses sources

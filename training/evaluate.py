@@ -25,6 +25,7 @@ from .vocabulary import (COLOR_NAMES, COLORS, HELD_OUT_OPENINGS, PLAIN, POSITION
 SIX = ("single object", "two objects", "color", "position", "counting", "color attribution")
 MORE = ("mixed counts", "absolute position", "background")
 WORDS = ("other words: objects", "other words: colors", "other words: relations and scenes")
+ALLUSIONS = "other words: allusions"
 EACH = 60
 
 
@@ -85,7 +86,7 @@ def prompts(seed: int = 2026) -> list[Prompt]:
             add(category, text, scene)
     for index, thing in enumerate(THINGS):
         for words in thing.held_out:
-            add(WORDS[0], "a photo of " + scenes.article(words), Scene("single", [Part(index)]))
+            add(ALLUSIONS if words in thing.allusions else WORDS[0], "a photo of " + scenes.article(words), Scene("single", [Part(index)]))
     for color in COLOR_NAMES:
         for words in COLORS[color][2]:
             for index in rng.sample(range(len(THINGS)), 4):
@@ -201,15 +202,16 @@ def table(made: list[Prompt], passed: list[bool], accuracy: dict[str, float], ed
     """The results in Markdown."""
     score = {}
     rows = ["| category | prompts | combination never trained | score |", "| --- | --- | --- | --- |"]
-    for category in SIX + MORE + WORDS:
+    for category in SIX + MORE + WORDS + (ALLUSIONS,):
         index = [i for i, p in enumerate(made) if p.category == category]
-        score[category] = sum(passed[i] for i in index) / len(index)
-        new = "wording only" if category in WORDS + ("single object", "absolute position", "background") else sum(made[i].new for i in index)
+        score[category] = sum(passed[i] for i in index) / max(len(index), 1)
+        new = "wording only" if category in WORDS + (ALLUSIONS, "single object", "absolute position", "background") else sum(made[i].new for i in index)
         rows.append(f"| {category} | {len(index)} | {new} | {score[category]:.3f} |")
         if category == SIX[-1]:
-            rows.append(f"| **mean of the six** | {EACH * len(SIX)} | | **{sum(score[c] for c in SIX) / len(SIX):.3f}** |")
-    index = [i for i, p in enumerate(made) if p.category in WORDS]
-    rows.append(f"| other words, all | {len(index)} | wording | {sum(passed[i] for i in index) / len(index):.3f} |")
+            rows.append(f"| **mean of the six** | {sum(p.category in SIX for p in made)} | | **{sum(score[c] for c in SIX) / len(SIX):.3f}** |")
+    for name, categories in (("other words without allusions", WORDS), ("other words, all", WORDS + (ALLUSIONS,))):
+        index = [i for i, p in enumerate(made) if p.category in categories]
+        rows.append(f"| **{name}** | {len(index)} | wording only | **{sum(passed[i] for i in index) / max(len(index), 1):.3f}** |")
     told = ", ".join(f"{accuracy[name]:.3f} of {what}" for name, what in (("true", "true pictures accepted"), ("blurred", "blurred ones"), ("noisy", "noisy ones"), ("wrong", "wrong ones refused")))
     return "\n".join(rows) + f"\n\nThe checker itself: {told}. 95th percentile of the border's deviation from white (single object on white): {edge:.0f}/255.\n"
 

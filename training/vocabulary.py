@@ -13,6 +13,8 @@ class Thing:
     names: tuple[str, ...]
     descriptions: tuple[str, ...]
     held_out: tuple[str, ...]
+    # Those of the held-out wordings that need a name, a story, a saying or a custom to be known.
+    allusions: frozenset[str]
 
     @property
     def name(self) -> str:
@@ -29,21 +31,26 @@ def load_things() -> list[Thing]:
     split = lambda cell: tuple(part.strip() for part in cell.split(";") if part.strip())
     cells = [[cell.strip() for cell in row.split("|")] for row in rows]
     trained = {_core(p) for c in cells for p in split(c[2]) + split(c[3])}
-    return [Thing(c[0], c[1], split(c[2]), split(c[3]), tuple(p for p in split(c[4]) if not any(f" {_core(p)} " in f" {t} " for t in trained))) for c in cells]
+    found = []
+    for icon, plural, names, descriptions, held_out in cells:
+        kept = [p for p in split(held_out) if not any(f" {_core(p.rstrip('*'))} " in f" {t} " for t in trained)]
+        allusions = frozenset(p.rstrip("*") for p in kept if p.endswith("*"))
+        found.append(Thing(icon, plural, split(names), split(descriptions), tuple(p.rstrip("*") for p in kept), allusions))
+    return found
 
 
 THINGS = load_things()
 
 # name -> (RGB, words of training, words kept for the evaluation)
 COLORS = {
-    "red": ((222, 38, 38), ("red", "red", "scarlet", "bright red", "ruby", "cherry red", "fire engine red", "blood red", "tomato red", "vermilion", "carmine", "brick red", "reddish"), ("crimson",)),
-    "orange": ((247, 138, 22), ("orange", "orange", "bright orange", "tangerine", "orange colored", "pumpkin colored", "apricot", "rusty orange", "marigold", "carrot colored", "copper colored", "ginger"), ("amber",)),
-    "yellow": ((250, 208, 30), ("yellow", "yellow", "bright yellow", "lemon yellow", "canary", "sunny yellow", "mustard yellow", "honey yellow", "butter yellow", "banana yellow", "blond", "yellowish"), ("golden yellow",)),
-    "green": ((46, 158, 60), ("green", "green", "grass green", "dark green", "lime", "olive", "forest green", "jade", "mint green", "leaf green", "moss green", "kelly green", "greenish"), ("emerald",)),
-    "blue": ((38, 98, 226), ("blue", "blue", "bright blue", "navy", "sky blue", "cobalt", "royal blue", "ocean blue", "sapphire blue", "cerulean", "turquoise", "denim blue", "bluish"), ("azure",)),
-    "purple": ((132, 56, 196), ("purple", "purple", "violet", "lilac", "dark purple", "lavender", "plum colored", "amethyst", "eggplant colored", "royal purple", "grape colored", "orchid purple", "purplish"), ("mauve",)),
-    "pink": ((246, 122, 186), ("pink", "pink", "hot pink", "light pink", "magenta", "rosy", "rose pink", "bubblegum pink", "salmon pink", "blush pink", "flamingo pink", "pastel pink", "pinkish"), ("fuchsia",)),
-    "brown": ((134, 82, 42), ("brown", "brown", "chocolate brown", "dark brown", "chestnut", "tan", "cocoa colored", "caramel", "hazel", "mahogany", "umber", "cinnamon colored", "brownish"), ("coffee colored",)),
+    "red": ((222, 38, 38), ("red", "red", "scarlet", "bright red", "ruby", "cherry red", "fire engine red", "blood red", "tomato red", "vermilion", "carmine", "brick red", "reddish"), ("crimson", "cardinal red")),
+    "orange": ((247, 138, 22), ("orange", "orange", "bright orange", "tangerine", "orange colored", "pumpkin colored", "apricot", "rusty orange", "marigold", "carrot colored", "copper colored", "ginger"), ("amber", "persimmon colored")),
+    "yellow": ((250, 208, 30), ("yellow", "yellow", "bright yellow", "lemon yellow", "canary", "sunny yellow", "mustard yellow", "honey yellow", "butter yellow", "banana yellow", "blond", "yellowish"), ("golden yellow", "buttercup yellow")),
+    "green": ((46, 158, 60), ("green", "green", "grass green", "dark green", "lime", "olive", "forest green", "jade", "mint green", "leaf green", "moss green", "kelly green", "greenish"), ("emerald", "shamrock green")),
+    "blue": ((38, 98, 226), ("blue", "blue", "bright blue", "navy", "sky blue", "cobalt", "royal blue", "ocean blue", "sapphire blue", "cerulean", "turquoise", "denim blue", "bluish"), ("azure", "baby blue")),
+    "purple": ((132, 56, 196), ("purple", "purple", "violet", "lilac", "dark purple", "lavender", "plum colored", "amethyst", "eggplant colored", "royal purple", "grape colored", "orchid purple", "purplish"), ("mauve", "aubergine colored")),
+    "pink": ((246, 122, 186), ("pink", "pink", "hot pink", "light pink", "magenta", "rosy", "rose pink", "bubblegum pink", "salmon pink", "blush pink", "flamingo pink", "pastel pink", "pinkish"), ("fuchsia", "candy pink")),
+    "brown": ((134, 82, 42), ("brown", "brown", "chocolate brown", "dark brown", "chestnut", "tan", "cocoa colored", "caramel", "hazel", "mahogany", "umber", "cinnamon colored", "brownish"), ("coffee colored", "walnut brown")),
 }
 COLOR_NAMES = list(COLORS)
 

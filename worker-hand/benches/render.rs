@@ -1,3 +1,0 @@
-//! Rendering speed (to come).
-
-fn main() {}
