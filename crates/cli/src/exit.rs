@@ -30,6 +30,10 @@ pub(crate) enum Exit {
     /// The configuration is wrong. Nothing was started.
     Config = 64,
     /// The brain's weights cannot be fetched.
+    #[cfg_attr(
+        not(any(feature = "local", test)),
+        expect(dead_code, reason = "a client fetches nothing; the table tells of it all the same")
+    )]
     Fetch = 69,
     /// A file cannot be read or written.
     File = 74,

@@ -123,6 +123,7 @@ impl Drop for Progress {
 }
 
 /// A bar for a download.
+#[cfg(feature = "local")]
 pub(crate) fn download(message: String) -> ProgressBar {
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     bar.set_style(style("{spinner} {msg} {bytes}"));
@@ -132,6 +133,7 @@ pub(crate) fn download(message: String) -> ProgressBar {
 }
 
 /// Shows how far a download is.
+#[cfg(feature = "local")]
 pub(crate) fn downloaded(bar: &ProgressBar, bytes: u64, total: u64) {
     if bar.length().is_none() {
         bar.set_length(total);

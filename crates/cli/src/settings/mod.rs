@@ -42,7 +42,8 @@ pub(crate) struct Settings {
     /// For what runs in this process.
     #[cfg(feature = "local")]
     pub(crate) local: Local,
-    /// Variables that look like settings and are none.
+    /// Variables that look like settings and are none. A client alone cannot know: they may be a server's.
+    #[cfg_attr(not(any(feature = "local", test)), expect(dead_code, reason = "servers warn of them"))]
     pub(crate) strangers: Vec<String>,
     figment: Figment,
 }
