@@ -212,13 +212,13 @@ impl Images {
         request: &GetImageRequest,
     ) -> Result<(Image, BoxStream<'static, efferent_bus::Result<Bytes>>), ApiError> {
         let GetImageRequest { job_id, image_index } = request;
-        self.known_job(job_id).await?;
+        let record = self.known_job(job_id).await?;
         let missing = |why: &str| {
             let message = format!("image {image_index} of job {job_id} {why}");
             ApiError::new(ErrorCode::UnknownImage, message).field("image_index")
         };
-        let image = self.ledger.result(job_id, *image_index).await.map_err(unavailable)?;
-        let image = image.ok_or_else(|| missing("is not there (yet)"))?;
+        let image = transition::images(&record).find(|image| image.image_index == *image_index);
+        let image = image.cloned().ok_or_else(|| missing("is not there (yet)"))?;
         let bytes = self.ledger.bus().get_object(&image.hash).await.map_err(unavailable)?;
         Ok((image, bytes.ok_or_else(|| missing("is no longer kept"))?))
     }

@@ -56,7 +56,7 @@ pub fn new_job_id() -> String {
     ulid::Ulid::new().to_string()
 }
 
-/// Key of an image's result in bucket `results`.
-pub fn result_key(job_id: &str, image_index: u32) -> String {
+/// Key of the task that renders an image.
+pub fn image_key(job_id: &str, image_index: u32) -> String {
     format!("{job_id}.{image_index}")
 }

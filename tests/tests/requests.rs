@@ -64,6 +64,26 @@ async fn a_request_becomes_pictures_and_tells_of_its_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn work_that_is_over_at_once_is_told_in_order() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    let mut client = coordinator.client().await;
+    for seed in 0..20 {
+        let mut wanted = request("a cat");
+        (wanted.seed, wanted.steps, wanted.preview_interval) = (Some(seed), Some(2), 1);
+        let events = generate(&mut client, wanted).await;
+        let kinds: Vec<_> = events.iter().map(kind).collect();
+        assert_eq!(durable(&events, 0), ["accepted", "queued", "conditioning", "rendering", "image", "done"]);
+        // Progress that comes at all comes while the image is being rendered.
+        let at = |wanted: &str| kinds.iter().position(|kind| *kind == wanted);
+        let image = at("image").expect("an image");
+        let first = kinds.iter().position(|kind| matches!(*kind, "step" | "preview")).unwrap_or(image);
+        assert!(at("rendering").expect("rendering") < first && first <= image, "{kinds:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn every_format_and_lane_is_served_and_equal_requests_give_equal_pictures() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;

@@ -162,10 +162,15 @@ struct Taken {
 impl Worker {
     async fn batch(&self, deliveries: Vec<Delivery>) {
         let _in_flight: Vec<_> = deliveries.iter().map(|_| self.member.hold()).collect();
-        let taken: Vec<Taken> =
+        let mut taken: Vec<Taken> =
             join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await.into_iter().flatten().collect();
         let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
-        let outcomes = self.encoder.encode(requests).await;
+        let encoding = self.encoder.encode(requests);
+        tokio::pin!(encoding);
+        let outcomes = match tokio::time::timeout(task::BRISK, &mut encoding).await {
+            Ok(outcomes) => outcomes,
+            Err(_) => tokio::join!(encoding, join_all(taken.iter_mut().map(|taken| taken.held.begin()))).0,
+        };
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
     }
 
@@ -179,7 +184,7 @@ impl Worker {
             delivery,
             task.expires_at_ms,
             task.known.as_ref(),
-            &conditioning,
+            conditioning,
         )
         .await;
         match admission {
@@ -206,7 +211,8 @@ impl Worker {
     }
 
     async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
-        let Taken { held, task, record } = taken;
+        let Taken { mut held, task, record } = taken;
+        held.defer_beginning();
         let started = Instant::now();
         let signal = if signal.encoded_len() <= MAX_INLINE {
             hand_task::Signal::Inline(signal.as_ref().clone())
@@ -234,7 +240,7 @@ impl Worker {
                 signal: Some(signal.clone()),
                 known: known.clone(),
             };
-            let key = names::result_key(&task.job_id, image_index);
+            let key = names::image_key(&task.job_id, image_index);
             let new = NewTask { key, job: task.job_id.clone(), headers: headers.clone(), payload: encode(&hand_task) };
             self.publish_when_room(&queue, new, &held)
         }))

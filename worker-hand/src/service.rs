@@ -8,12 +8,12 @@ use std::{
 use bytes::Bytes;
 use efferent_bus::{
     Delivery,
-    ledger::{Ledger, Transition, encode},
+    ledger::{Ledger, Outcome, Transition, transition},
     read_object,
 };
 use efferent_proto::{
     ApiError,
-    internal::{ControlSignal, HandTask, JobRecord, hand_task},
+    internal::{ControlSignal, HandTask, hand_task},
     names, time,
     v1::{ErrorCode, GenerateRequest, Image, JobEvent, Model, Preview, Step, WorkerRole, job_event::Event},
 };
@@ -22,7 +22,7 @@ use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     intake::Intake,
     lifecycle::{Member, Profile},
-    task::{self, Admission, Cancellations, Held},
+    task::{self, Admission, BRISK, Cancellations, Held},
     thread::Factory,
 };
 use image::RgbImage;
@@ -165,15 +165,12 @@ impl Worker {
             delivery,
             task.expires_at_ms,
             task.known.as_ref(),
-            &rendering,
+            rendering,
         )
         .await?;
-        let Admission::Go(held, record) = admission else { return Ok(()) };
+        let Admission::Go(mut held, record) = admission else { return Ok(()) };
         // An earlier attempt may have recorded the image and died before it could say so.
-        if held.attempt() > 1
-            && let Some(image) = self.ledger.result(&task.job_id, task.image_index).await?
-        {
-            self.ledger.apply(&task.job_id, &Transition::Image(image)).await?;
+        if transition::images(&record).any(|image| image.image_index == task.image_index) {
             return held.done().await;
         }
         let signal = match self.signal(task).await? {
@@ -181,7 +178,7 @@ impl Worker {
             Err(error) => return held.failed(&error).await,
         };
         let request = task.request.clone().unwrap_or_default();
-        let (updates, heard) = mpsc::unbounded_channel();
+        let (updates, mut heard) = mpsc::unbounded_channel();
         let unwanted = CancellationToken::new();
         self.engine.submit(Order {
             request: render_request(&request, task.seed, signal),
@@ -189,16 +186,17 @@ impl Worker {
             unwanted: unwanted.clone(),
             updates,
         });
-        let number = record.job.as_ref().map_or(0, |job| job.last_event);
         // However this ends, the sample leaves the batch.
         let _leave = unwanted.clone().drop_guard();
+        let mut progress = Vec::new();
+        let stop = held.unwanted();
         let ending = tokio::select! {
-            ending = self.follow(heard, task, &record, number) => ending,
-            () = held.unwanted() => return held.stopped(task.expires_at_ms).await,
+            ending = self.follow(&mut heard, task, &mut held, &mut progress) => ending,
+            () = stop => return held.stopped(task.expires_at_ms).await,
             () = self.abandoned.cancelled() => return held.hand_back().await,
         };
         match ending {
-            Ok((picture, render_time)) => self.record(*held, task, picture, render_time).await,
+            Ok((picture, render_time)) => self.record(*held, task, picture, render_time, progress).await,
             Err(error) => held.failed(&error).await,
         }
     }
@@ -219,49 +217,65 @@ impl Worker {
         }
     }
 
-    /// Passes progress on until the picture is there.
+    /// Passes progress on until the picture is there. What happens before it is written that work has begun is left in `progress`.
     async fn follow(
         &self,
-        mut heard: mpsc::UnboundedReceiver<Update>,
+        heard: &mut mpsc::UnboundedReceiver<Update>,
         task: &HandTask,
-        record: &JobRecord,
-        number: u64,
+        held: &mut Held,
+        progress: &mut Vec<Event>,
     ) -> Result<(RgbImage, Duration), EngineError> {
-        let steps = task.request.as_ref().map_or(0, GenerateRequest::steps);
-        let (image_index, job_id) = (task.image_index, task.job_id.clone());
-        let subject = names::job_events(efferent_bus::ledger::job_id(record));
-        let tell = |event: Event| {
-            let time = Some(time::timestamp(SystemTime::now()));
-            let event = encode(&JobEvent { job_id: job_id.clone(), number, time, event: Some(event) });
-            let subject = &subject;
-            // At most once: progress that is lost is overtaken by the next step.
-            async move { drop(self.ledger.bus().emit(subject, event).await) }
-        };
-        while let Some(update) = heard.recv().await {
-            match update {
-                Update::Step(step) => tell(Event::Step(Step { image_index, step, steps })).await,
-                Update::Preview(step, picture) => match files::preview(&picture) {
-                    Ok(png) => {
-                        let png = png.to_vec();
-                        tell(Event::Preview(Preview { image_index, step, steps, png: png.into() })).await;
+        let (image_index, steps) = (task.image_index, task.request.as_ref().map_or(0, GenerateRequest::steps));
+        let brisk = tokio::time::sleep(BRISK);
+        tokio::pin!(brisk);
+        loop {
+            let update = tokio::select! {
+                update = heard.recv() => update,
+                () = &mut brisk, if !held.has_begun() => {
+                    held.begin().await;
+                    self.tell(task, std::mem::take(progress)).await;
+                    continue;
+                }
+            };
+            let event = match update {
+                Some(Update::Step(step)) => Event::Step(Step { image_index, step, steps }),
+                Some(Update::Preview(step, picture)) => match files::preview(&picture) {
+                    Ok(png) => Event::Preview(Preview { image_index, step, steps, png: png.to_vec().into() }),
+                    Err(error) => {
+                        tracing::warn!(%error, "no preview");
+                        continue;
                     }
-                    Err(error) => tracing::warn!(%error, "no preview"),
                 },
-                Update::Finished(picture, render_time) => return Ok((picture, render_time)),
-                Update::Failed(error) => return Err(error),
-                Update::Stopped => break,
+                Some(Update::Finished(picture, render_time)) => return Ok((picture, render_time)),
+                Some(Update::Failed(error)) => return Err(error),
+                Some(Update::Stopped) | None => {
+                    return Err(EngineError::Crashed("the engine let go of an image".to_owned()));
+                }
+            };
+            if held.has_begun() {
+                self.tell(task, vec![event]).await;
+            } else {
+                progress.push(event);
             }
         }
-        Err(EngineError::Crashed("the engine let go of an image".to_owned()))
     }
 
-    /// File, then result, then event, then the task: in this order nothing is acknowledged that is not durable.
+    /// Tells of progress. At most once: what is lost is overtaken by the next step.
+    async fn tell(&self, task: &HandTask, progress: Vec<Event>) {
+        let number = self.ledger.known(&task.job_id).map_or(0, |known| known.written);
+        let time = Some(time::timestamp(SystemTime::now()));
+        let event = |event| JobEvent { job_id: task.job_id.clone(), number, time, event: Some(event) };
+        self.ledger.tell(&progress.into_iter().map(event).collect::<Vec<_>>()).await;
+    }
+
+    /// File, then record, then the task: in this order nothing is acknowledged that is not durable.
     async fn record(
         &self,
-        held: Held,
+        mut held: Held,
         task: &HandTask,
         picture: RgbImage,
         render_time: Duration,
+        progress: Vec<Event>,
     ) -> efferent_bus::Result<()> {
         metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
         let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
@@ -276,7 +290,8 @@ impl Worker {
         let hash = self.ledger.bus().put_object(file, Some(self.ledger.options().retention)).await?;
         let mut image = Image {
             image_index: task.image_index,
-            hash: hash.clone(),
+            hash,
+            data: told,
             length,
             size: Some(size),
             seed: task.seed,
@@ -287,12 +302,20 @@ impl Worker {
             ..Default::default()
         };
         image.set_format(task.request.as_ref().map(GenerateRequest::format).unwrap_or_default());
-        let mut image = self.ledger.record_result(&task.job_id, image).await?;
-        if image.hash == hash {
-            image.data = told;
+        held.defer_beginning();
+        let (outcome, mut news) = self.ledger.change(&task.job_id, &Transition::Image(image)).await?;
+        match outcome {
+            Outcome::Changed(_) => metrics::counter!("efferent_images_total").increment(1),
+            // A late attempt: the image is recorded, or the job is over.
+            Outcome::Unchanged(_) | Outcome::Unknown => {
+                metrics::counter!("efferent_results_duplicate_total").increment(1);
+            }
         }
-        self.ledger.apply(&task.job_id, &Transition::Image(image)).await?;
-        metrics::counter!("efferent_images_total").increment(1);
+        let image = news.iter().position(|event| matches!(event.event, Some(Event::Image(_)))).unwrap_or_default();
+        let results = news.split_off(image);
+        self.ledger.tell(&news).await;
+        self.tell(task, progress).await;
+        self.ledger.tell(&results).await;
         held.done().await
     }
 }

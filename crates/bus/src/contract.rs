@@ -199,7 +199,7 @@ async fn values_are_created_once_and_swapped(bus: &dyn Bus) {
     let third = bus.put(bucket, &key, value("three"), None).await.unwrap();
     assert!(third > second);
     assert!(bus.list(bucket).await.unwrap().iter().any(|entry| entry.key == key && &entry.value[..] == b"three"));
-    assert_eq!(bus.get(Bucket::Results, &key).await.unwrap(), None, "buckets are apart");
+    assert_eq!(bus.get(Bucket::Signals, &key).await.unwrap(), None, "buckets are apart");
     bus.delete(bucket, &key).await.unwrap();
     bus.delete(bucket, &key).await.unwrap();
     assert_eq!(bus.get(bucket, &key).await.unwrap(), None);

@@ -173,8 +173,6 @@ pub struct Delivery {
 pub enum Bucket {
     /// Job records.
     Jobs,
-    /// Results by job and image.
-    Results,
     /// What idempotency keys stand for.
     Idempotency,
     /// Live workers; entries expire unless they are renewed.
@@ -191,9 +189,8 @@ pub enum Bucket {
 
 impl Bucket {
     /// Every bucket.
-    pub const ALL: [Bucket; 8] = [
+    pub const ALL: [Bucket; 7] = [
         Bucket::Jobs,
-        Bucket::Results,
         Bucket::Idempotency,
         Bucket::Workers,
         Bucket::Models,
@@ -206,7 +203,6 @@ impl Bucket {
     pub fn name(self) -> &'static str {
         match self {
             Bucket::Jobs => "jobs",
-            Bucket::Results => "results",
             Bucket::Idempotency => "idempotency",
             Bucket::Workers => "workers",
             Bucket::Models => "models",

@@ -28,6 +28,9 @@ use crate::engine::EngineError;
 /// How often a task is delivered before it counts as poison.
 pub const MAX_ATTEMPTS: u32 = 5;
 
+/// Work that is over within this time does not have its beginning written first: it is written together with what came of it.
+pub const BRISK: Duration = Duration::from_millis(5);
+
 /// Jobs that this worker holds, by id, so that one subscription to cancellations serves all.
 #[derive(Debug, Clone, Default)]
 pub struct Cancellations(Arc<Mutex<HashMap<String, Vec<CancellationToken>>>>);
@@ -89,6 +92,8 @@ pub struct Held {
     cancellations: Cancellations,
     token: CancellationToken,
     keeper: AbortHandle,
+    /// That work on it has begun, as long as that is not written.
+    beginning: Option<Transition>,
 }
 
 /// What to do with a task that was just pulled.
@@ -112,8 +117,8 @@ pub async fn read<M: Message + Default>(delivery: &Delivery) -> Option<M> {
     }
 }
 
-/// Takes on a pulled task: reports `transition`, and drops the task if the job wants it no more or it was tried too often. `known` is what
-/// came with the task.
+/// Takes on a pulled task, whose beginning is `beginning`, and drops it if the job wants it no more or it was tried too often. `known` is what
+/// came with the task: with that, a first attempt begins at once, and [`Held::begin`] or the next change writes its beginning.
 ///
 /// # Errors
 /// If the bus is unavailable; the task is delivered again when its lease ends.
@@ -124,7 +129,7 @@ pub async fn admit(
     delivery: Delivery,
     expires_at_ms: i64,
     known: Option<&KnownJob>,
-    transition: &Transition,
+    beginning: Transition,
 ) -> efferent_bus::Result<Admission> {
     let Delivery { queue, job, attempt, headers, payload, lease, published_at, .. } = delivery;
     let waited = SystemTime::now().duration_since(published_at).unwrap_or_default();
@@ -138,8 +143,20 @@ pub async fn admit(
     let keeper =
         tokio::spawn(keep(lease.clone(), ledger.clone(), job.clone(), expires_at_ms, token.clone())).abort_handle();
     let (ledger, worker_id, cancellations) = (ledger.clone(), worker_id.to_owned(), cancellations.clone());
-    let held =
-        Held { queue, job_id: job, attempt, headers, payload, lease, ledger, worker_id, cancellations, token, keeper };
+    let mut held = Held {
+        queue,
+        job_id: job,
+        attempt,
+        headers,
+        payload,
+        lease,
+        ledger,
+        worker_id,
+        cancellations,
+        token,
+        keeper,
+        beginning: None,
+    };
     if attempt > MAX_ATTEMPTS {
         let message =
             format!("the task was delivered {MAX_ATTEMPTS} times and never finished: its workers failed or died");
@@ -150,10 +167,12 @@ pub async fn admit(
         held.expire().await?;
         return Ok(Admission::Dropped);
     }
-    if let Some(known) = known.filter(|_| attempt == 1) {
-        held.ledger.remember(known.clone());
+    if let Some(KnownJob { record: Some(record), .. }) = known.filter(|_| attempt == 1) {
+        held.ledger.remember(known.cloned().unwrap_or_default());
+        held.beginning = Some(beginning);
+        return Ok(Admission::Go(Box::new(held), Box::new(record.clone())));
     }
-    match held.ledger.apply(&held.job_id, transition).await? {
+    match held.ledger.apply(&held.job_id, &beginning).await? {
         Outcome::Changed(record) => Ok(Admission::Go(Box::new(held), record)),
         Outcome::Unchanged(record) if !record.job.as_ref().is_some_and(|job| is_final(job.state())) => {
             Ok(Admission::Go(Box::new(held), record))
@@ -180,6 +199,30 @@ impl Held {
     /// Where it belongs in a trace.
     pub fn trace(&self) -> trace::Context {
         trace::Context::of(&self.headers)
+    }
+
+    /// Whether its beginning is written.
+    pub fn has_begun(&self) -> bool {
+        self.beginning.is_none()
+    }
+
+    /// Writes its beginning, unless that is written. Finding the job over makes the task unwanted.
+    pub async fn begin(&mut self) {
+        let Some(beginning) = self.beginning.take() else { return };
+        match self.ledger.apply(&self.job_id, &beginning).await {
+            Ok(Outcome::Changed(_)) => {}
+            Ok(Outcome::Unchanged(record)) if !record.job.as_ref().is_some_and(|job| is_final(job.state())) => {}
+            Ok(Outcome::Unchanged(_) | Outcome::Unknown) => self.token.cancel(),
+            // Only a report; what counts is whether the outcome can be written.
+            Err(error) => tracing::warn!(job_id = self.job_id, %error, "cannot write that work has begun"),
+        }
+    }
+
+    /// The work was over before its beginning was written: that is left to the next change.
+    pub fn defer_beginning(&mut self) {
+        if let Some(beginning) = self.beginning.take() {
+            self.ledger.defer(&self.job_id, &beginning);
+        }
     }
 
     /// Waits until the job is cancelled or its deadline has passed.
@@ -220,7 +263,8 @@ impl Held {
     ///
     /// # Errors
     /// If the bus is unavailable.
-    pub async fn failed(self, error: &EngineError) -> efferent_bus::Result<()> {
+    pub async fn failed(mut self, error: &EngineError) -> efferent_bus::Result<()> {
+        self.defer_beginning();
         tracing::warn!(job_id = self.job_id, attempt = self.attempt, %error, cause = cause(error), "task failed");
         metrics::counter!("efferent_tasks_failed_total", "queue" => self.queue.clone()).increment(1);
         if !error.is_transient() {

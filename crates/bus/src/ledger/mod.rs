@@ -11,9 +11,9 @@ use std::{
 
 use bytes::Bytes;
 use efferent_proto::{
-    internal::{DeadLetter, IdempotencyRecord, JobRecord, KnownJob, ResultRecord},
+    internal::{DeadLetter, IdempotencyRecord, JobRecord, KnownJob},
     names,
-    v1::{Image, JobEvent, Model, Worker, job_event::Event},
+    v1::{JobEvent, Model, Worker, job_event::Event},
 };
 use moka::sync::Cache;
 use prost::Message;
@@ -118,7 +118,7 @@ impl Ledger {
         let id = job_id(record);
         let created = self.bus.create(Bucket::Jobs, id, encode(record), Some(self.options.retention)).await?;
         if let Some(revision) = created {
-            self.remember(KnownJob { record: Some(record.clone()), revision });
+            self.remember(up_to_date(record.clone(), revision));
         }
         Ok(created.is_some())
     }
@@ -128,10 +128,22 @@ impl Ledger {
         self.known.get(job_id).map(|known| known.as_ref().clone())
     }
 
-    /// Takes over what another process knew of a job.
+    /// Takes over what another process knew of a job, unless this one knows more.
     pub fn remember(&self, known: KnownJob) {
-        if let Some(record) = &known.record {
-            self.known.insert(job_id(record).to_owned(), Arc::new(known));
+        let Some(record) = &known.record else { return };
+        let age = |known: &KnownJob| (known.revision, known.record.as_ref().map_or(0, |record| record.log.len()));
+        let id = job_id(record);
+        if self.known.get(id).is_none_or(|standing| age(&standing) < age(&known)) {
+            self.known.insert(id.to_owned(), Arc::new(known));
+        }
+    }
+
+    /// Applies a transition to what this process knows of a job, and leaves it to the next change to write and tell it: here, or wherever
+    /// [`Self::known`] is sent. If another change comes first, it is forgotten.
+    pub fn defer(&self, job_id: &str, transition: &Transition) {
+        let Some(mut known) = self.known(job_id) else { return };
+        if known.record.as_mut().is_some_and(|record| transition::apply(record, transition, SystemTime::now())) {
+            self.remember(known);
         }
     }
 
@@ -146,24 +158,31 @@ impl Ledger {
     }
 
     /// Applies a transition, however many others change the job at the same time, and tells the new events to whoever listens.
-    /// The bytes of an image are told, not kept.
     pub async fn apply(&self, job_id: &str, transition: &Transition) -> Result<Outcome> {
-        let mut known = self.known.get(job_id);
+        let (outcome, news) = self.change(job_id, transition).await?;
+        self.tell(&news).await;
+        Ok(outcome)
+    }
+
+    /// Applies a transition, however many others change the job at the same time. The new events are for the caller to tell; the bytes of
+    /// an image are in them, and not kept.
+    pub async fn change(&self, job_id: &str, transition: &Transition) -> Result<(Outcome, Vec<JobEvent>)> {
+        let mut remembered = self.known(job_id);
         for _ in 0..MAX_SWAPS {
-            let remembered = known.is_some();
-            let (revision, mut record) = match known.take() {
-                Some(known) => (known.revision, known.record.clone().unwrap_or_default()),
-                None => {
-                    let Some(entry) = self.bus.get(Bucket::Jobs, job_id).await? else { return Ok(Outcome::Unknown) };
-                    (entry.revision, decode(&entry.value, "job", job_id)?)
-                }
+            let from_memory = remembered.is_some();
+            let KnownJob { record, revision, written } = match remembered.take() {
+                Some(remembered) => remembered,
+                None => match self.bus.get(Bucket::Jobs, job_id).await? {
+                    Some(entry) => up_to_date(decode(&entry.value, "job", job_id)?, entry.revision),
+                    None => return Ok((Outcome::Unknown, Vec::new())),
+                },
             };
-            let before = record.log.len();
+            let mut record = record.unwrap_or_default();
             if !transition::apply(&mut record, transition, SystemTime::now()) {
-                if remembered {
+                if from_memory {
                     continue;
                 }
-                return Ok(Outcome::Unchanged(Box::new(record)));
+                return Ok((Outcome::Unchanged(Box::new(record)), Vec::new()));
             }
             let value = encode(&record);
             let swapped = self.bus.swap(Bucket::Jobs, job_id, value, revision, Some(self.options.retention)).await?;
@@ -171,19 +190,17 @@ impl Ledger {
             if record.job.as_ref().is_some_and(|job| is_final(job.state())) {
                 self.known.invalidate(job_id);
             } else {
-                self.remember(KnownJob { record: Some(record.clone()), revision });
+                self.remember(up_to_date(record.clone(), revision));
             }
-            for event in &record.log[before..] {
-                let event = match (transition, &event.event) {
-                    (Transition::Image(image), Some(Event::Image(_))) => {
-                        encode(&JobEvent { event: Some(Event::Image(image.clone())), ..event.clone() })
+            let mut news: Vec<JobEvent> = record.log.iter().filter(|event| event.number > written).cloned().collect();
+            if let Transition::Image(image) = transition {
+                for event in &mut news {
+                    if let Some(Event::Image(told)) = &mut event.event {
+                        told.data = image.data.clone();
                     }
-                    _ => encode(event),
-                };
-                // At most once: a watcher that misses it reads it from the record.
-                let _ = self.bus.emit(&names::job_events(job_id), event).await;
+                }
             }
-            return Ok(Outcome::Changed(Box::new(record)));
+            return Ok((Outcome::Changed(Box::new(record)), news));
         }
         Err(Error::Unavailable {
             what: format!("job {job_id} changed {MAX_SWAPS} times while it was being changed"),
@@ -191,26 +208,11 @@ impl Ledger {
         })
     }
 
-    /// The recorded image of a job.
-    pub async fn result(&self, job_id: &str, image_index: u32) -> Result<Option<Image>> {
-        let key = names::result_key(job_id, image_index);
-        let Some(entry) = self.bus.get(Bucket::Results, &key).await? else { return Ok(None) };
-        Ok(decode::<ResultRecord>(&entry.value, "result", &key)?.image)
-    }
-
-    /// Records an image, unless one is recorded. Returns the image that stands: this one, or that of an earlier attempt.
-    pub async fn record_result(&self, job_id: &str, image: Image) -> Result<Image> {
-        let key = names::result_key(job_id, image.image_index);
-        let index = image.image_index;
-        let record = ResultRecord { image: Some(image) };
-        if self.bus.create(Bucket::Results, &key, encode(&record), Some(self.options.retention)).await?.is_some() {
-            return Ok(record.image.unwrap_or_default());
+    /// Tells events to whoever listens. At most once: a watcher that misses a durable one reads it from the record.
+    pub async fn tell(&self, news: &[JobEvent]) {
+        for event in news {
+            let _ = self.bus.emit(&names::job_events(&event.job_id), encode(event)).await;
         }
-        metrics::counter!("efferent_results_duplicate_total").increment(1);
-        self.result(job_id, index).await?.ok_or_else(|| Error::Unavailable {
-            what: format!("result {key} expired while it was being recorded"),
-            source: None,
-        })
     }
 
     /// Ties an idempotency key to a job, unless it is tied. Returns the record that stands.
@@ -250,6 +252,11 @@ impl Ledger {
         let key = format!("{}.{}", letter.job_id, blake3::hash(&letter.task).to_hex());
         self.bus.put(Bucket::Dead, &key, encode(letter), Some(self.options.retention)).await.map(drop)
     }
+}
+
+/// What is known of a job when its entry was just read or written.
+fn up_to_date(record: JobRecord, revision: u64) -> KnownJob {
+    KnownJob { written: record.log.len() as u64, record: Some(record), revision }
 }
 
 /// A record's job id; empty if the record has no job.

@@ -285,8 +285,9 @@ impl Bus for Nats {
             // A batch waits until it is full or its time is over: so wait for one task, then take what else there is.
             let messages =
                 known.consumer.batch().max_messages(1).expires(wait).messages().await.map_err(fault(what()))?;
-            found = collect(messages, queue).await?;
-            if !found.is_empty() && max > 1 {
+            let more;
+            (found, more) = collect(messages, queue).await?;
+            if more > 0 && max > 1 {
                 found.extend(self.pull_waiting(&known, max - 1).await.unwrap_or_default());
             }
         }
@@ -460,7 +461,7 @@ impl Nats {
     async fn pull_waiting(&self, queue: &Queue, max: usize) -> Result<Vec<Delivery>> {
         let what = format!("pulling from {}", queue.spec.name);
         let messages = queue.consumer.fetch().max_messages(max).messages().await.map_err(fault(what))?;
-        collect(messages, &queue.spec.name).await
+        Ok(collect(messages, &queue.spec.name).await?.0)
     }
 }
 
