@@ -4,15 +4,18 @@ import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-PREFIX, SUFFIX = "<|im_start|>user\nDraw: ", "\nThe picture shows"
+PREFIX = "<|im_start|>user\nDraw: "
+# While the hand learns to draw, and afterwards. The second has the model name the thing: asked which of the 80 comes next, it is right for 57 % of
+# `evaluate`'s other words for objects, after the first for 28 %.
+PICTURE_SUFFIX, SUFFIX = "\nThe picture shows", " is usually called a"
 LAYERS = 24
 
 
 class Language:
     """Weights, tokenizer, and the template around a prompt."""
 
-    def __init__(self, path, layers=LAYERS, max_tokens=48):
-        reader, self.w, self.layers, self.max_tokens = gguf.GGUFReader(path), {}, layers, max_tokens
+    def __init__(self, path, suffix=SUFFIX, layers=LAYERS, max_tokens=48):
+        reader, self.w, self.suffix, self.layers, self.max_tokens = gguf.GGUFReader(path), {}, suffix, layers, max_tokens
         for t in reader.tensors:
             if t.name.startswith("blk.") and int(t.name.split(".")[1]) >= layers:
                 continue
@@ -28,7 +31,7 @@ class Language:
         self.skip = len(self.tokenizer.encode(PREFIX).ids)
 
     def ids(self, prompt):
-        return self.tokenizer.encode(PREFIX + prompt + SUFFIX).ids
+        return self.tokenizer.encode(PREFIX + prompt + self.suffix).ids
 
     @torch.no_grad()
     def states(self, prompts):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from . import autoencoder, packages, pipeline, words
-from .language import Language
+from .language import PICTURE_SUFFIX, Language
 
 
 def parts(path):
@@ -54,9 +54,9 @@ def main():
 
     warm = parts(options.warm) if options.warm else None
     autoencoder.train(options.folder, options.autoencoder_minutes * 60, log, warm)
-    language = Language(packages.gguf())
+    language = Language(packages.gguf(), PICTURE_SUFFIX)
     pipeline.train(options.folder, language, options.minutes * 60, options.captions, log, warm)
-    words.train(options.folder, language, options.word_minutes * 60, options.word_captions, log)
+    words.train(options.folder, language, Language(packages.gguf()), options.word_minutes * 60, options.word_captions, log)
 
 
 if __name__ == "__main__":

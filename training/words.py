@@ -1,6 +1,7 @@
 """Teaches the connector more words, with the hand left as it is: in whatever words a scene is told, its control tokens should be those of the plain caption.
 
-Student and teacher start as the trained connector; the teacher reads plain captions only. Noise on token states and tokens left out keep the student from
+Student and teacher start as the trained connector. The teacher reads plain captions only, in the template it knows; the student reads every caption in
+the template that ships. Noise on token states and tokens left out keep the student from
 knowing its captions by heart.
 """
 import random
@@ -18,53 +19,57 @@ from .pipeline import Heads, batch_states, read
 KINDS = (("single", .5), ("two", .3), ("count", .06), ("mixed", .14))
 # How often other words than the plain name are used: see `scenes.describe`.
 WORDING = 1.7
+# How often each scene is told.
+TELLINGS = 2
 
 
-def captions(language, folder, count, log):
-    """The same scenes twice: in many words, and plain. The order of the two differs; `place` finds the plain one."""
+def captions(teacher, student, folder, count, log):
+    """The same scenes twice: in many words, and plain. The order of the two differs; the third value finds the plain one."""
     paths = [folder / "words.pt", folder / "words-plain.pt"]
-    if not all(path.exists() for path in paths):
-        rng = random.Random(12)
-        made = [scenes.sample(rng, rng.choices([k for k, _ in KINDS], [w for _, w in KINDS])[0]) for _ in range(count)]
-        for number, scene in enumerate(made):
-            scene.number = number
-        read(language, paths[0], made, [scenes.caption(s, rng, WORDING) for s in made], log)
-        read(language, paths[1], made, [scenes.plain_caption(s) for s in made], log)
+    rng = random.Random(12)
+    made = [scenes.sample(rng, rng.choices([k for k, _ in KINDS], [w for _, w in KINDS])[0]) for _ in range(count)]
+    for number, scene in enumerate(made):
+        scene.number = number
+    told = made * TELLINGS
+    if not paths[0].exists():
+        read(student, paths[0], told, [scenes.caption(s, rng, WORDING) for s in told], log)
+    if not paths[1].exists():
+        read(teacher, paths[1], made, [scenes.plain_caption(s) for s in made], log)
     told, plain = (torch.load(path, weights_only=False) for path in paths)
     where = {scene.number: i for i, scene in enumerate(plain["scenes"])}
     return told, plain, [where[scene.number] for scene in told["scenes"]]
 
 
-def train(folder, language, seconds, count, log):
-    """Writes folder/connector.pt, the connector that ships."""
+def train(folder, teacher, student, seconds, count, log):
+    """Writes folder/connector.pt, the connector that ships. `teacher` and `student`: the language model in the template of each."""
     path = folder / "connector.pt"
     if path.exists():
         return
-    told, plain, place = captions(language, folder, count, log)
+    told, plain, place = captions(teacher, student, folder, count, log)
     state = torch.load(folder / "pipeline.pt", weights_only=False)
     config = state["config"]
     modules = nn.ModuleDict({"conn": Connector(config), "hand": Hand(config), "heads": Heads(config)})
     modules.load_state_dict(state["average"])
-    student, heads = modules["conn"], modules["heads"]
-    teacher = Connector(config)
-    teacher.load_state_dict(student.state_dict())
-    scale = 1 / teacher(*batch_states(plain, range(64))).var().item()
-    both = nn.ModuleList([student, heads])
+    connector, heads = modules["conn"], modules["heads"]
+    known = Connector(config)
+    known.load_state_dict(connector.state_dict())
+    scale = 1 / known(*batch_states(plain, range(64))).var().item()
+    both = nn.ModuleList([connector, heads])
     adam = torch.optim.AdamW(both.parameters(), lr=6e-4, betas=(.9, .98), weight_decay=.05)
-    average, clock, step, total = Average(student, .998), Clock(seconds), 0, 0.0
+    average, clock, step, total = Average(connector, .998), Clock(seconds), 0, 0.0
     rng = random.Random(13)
     torch.manual_seed(13)
     while clock.progress < 1:
         for group in adam.param_groups:
             group["lr"] = 6e-4 * min(1, (step + 1) / 100) * (1 - clock.progress)
-        index = [rng.randrange(count) for _ in range(48)]
+        index = [rng.randrange(len(place)) for _ in range(48)]
         with torch.no_grad(), half_precision():
-            target = teacher(*batch_states(plain, [place[i] for i in index])).float()
+            target = known(*batch_states(plain, [place[i] for i in index])).float()
         h, mask = batch_states(told, index)
         h = h + torch.randn_like(h) * h.square().mean(-1, keepdim=True).sqrt() * .15
         kept = mask & (torch.rand(mask.shape) > .08)
         with half_precision():
-            control = student(h * kept[..., None], kept)
+            control = connector(h * kept[..., None], kept)
             parse = heads(control, told["labels"][index])
         loss = F.mse_loss(control.float(), target) * scale + .5 * parse
         both.zero_grad(set_to_none=True)
@@ -75,5 +80,5 @@ def train(folder, language, seconds, count, log):
         if step % 100 == 0:
             log(f"words {clock.spent:.0f}s step {step} loss {total / 100:.4f} parse {parse.item():.4f}")
             total = 0.0
-    student.load_state_dict(average.weights)
-    torch.save({"connector": student.state_dict(), "heads": heads.state_dict(), "step": step}, path)
+    connector.load_state_dict(average.weights)
+    torch.save({"connector": connector.state_dict(), "heads": heads.state_dict(), "step": step}, path)
