@@ -9,7 +9,10 @@ const COUNTERS: &[Meter] = &[
         "Calls to a coordinator, by method and by the code they were answered with (OK or an error's code)",
     ),
     ("efferent_images_total", "Images recorded by this hand"),
-    ("efferent_results_duplicate_total", "Images that were dropped because an earlier attempt recorded them or the job was over"),
+    (
+        "efferent_results_duplicate_total",
+        "Images that were dropped because an earlier attempt recorded them or the job was over",
+    ),
     ("efferent_redeliveries_total", "Tasks this worker got that others had had before it, by queue"),
     ("efferent_tasks_failed_total", "Attempts at tasks that failed, by queue"),
     ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
