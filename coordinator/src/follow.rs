@@ -17,7 +17,7 @@ use efferent_proto::{
     v1::{Detached, ErrorCode, JobEvent, JobState, job_event::Event},
 };
 use efferent_service::Shutdown;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, stream::BoxStream};
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tonic::Status;
@@ -36,16 +36,25 @@ pub struct Wish {
     pub inline_images: bool,
 }
 
-/// Tells a job's events until it ends, the client goes away, or this process stops.
+/// A job's events from the first that is not in the record on.
+pub struct Tail {
+    /// As it was when the events began.
+    pub record: JobRecord,
+    /// What happens afterwards.
+    pub events: BoxStream<'static, efferent_bus::Event>,
+}
+
+/// Tells a job's events until it ends, the client goes away, or this process stops. `tail` spares the reading of a job that was just made.
 pub async fn follow(
     ledger: Ledger,
     job: String,
+    tail: Option<Tail>,
     wish: Wish,
     client: mpsc::Sender<Result<JobEvent, Status>>,
     shutdown: Shutdown,
 ) {
     let follower = Follower { ledger, job, last: wish.after, wish, client };
-    if let Err(Some(error)) = follower.run(shutdown).await {
+    if let Err(Some(error)) = follower.run(tail, shutdown).await {
         tracing::warn!(%error.source, "a client's stream ends early");
         let _ = error.client.send(Err(ApiError::new(ErrorCode::BusUnavailable, error.source.to_string()).into())).await;
     }
@@ -66,14 +75,20 @@ struct Broken {
 
 impl Follower {
     /// `Err(None)` if the client has gone.
-    async fn run(mut self, shutdown: Shutdown) -> Result<(), Option<Broken>> {
-        // Listen first, then read: what happens in between is in one or the other.
-        let mut events = match self.ledger.bus().subscribe(&names::job_events(&self.job)).await {
-            Ok(events) => events,
-            Err(source) => return Err(Some(Broken { source, client: self.client })),
+    async fn run(mut self, tail: Option<Tail>, shutdown: Shutdown) -> Result<(), Option<Broken>> {
+        let mut look = tail.is_none();
+        let mut events = match tail {
+            Some(Tail { record, events }) => {
+                self.tell_new(record.log).await.map_err(|_| None)?;
+                events
+            }
+            // Listen first, then read: what happens in between is in one or the other.
+            None => match self.ledger.bus().subscribe(&names::job_events(&self.job)).await {
+                Ok(events) => events,
+                Err(source) => return Err(Some(Broken { source, client: self.client })),
+            },
         };
         let mut failures = 0;
-        let mut look = true;
         loop {
             if look {
                 match self.catch_up().await {
@@ -119,12 +134,17 @@ impl Follower {
         };
         let record = expire(&self.ledger, record).await.map_err(Stop::Bus)?;
         let ended = record.job.as_ref().is_some_and(|job| is_final(job.state()));
-        for event in record.log {
+        self.tell_new(record.log).await?;
+        Ok(ended)
+    }
+
+    async fn tell_new(&mut self, log: Vec<JobEvent>) -> Result<(), Stop> {
+        for event in log {
             if event.number > self.last {
                 self.tell(event).await?;
             }
         }
-        Ok(ended)
+        Ok(())
     }
 
     /// Passes an event on, if it is the next one.

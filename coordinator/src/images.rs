@@ -9,7 +9,7 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use efferent_bus::{
     Bucket, NewTask, Published,
-    ledger::{Ledger, Outcome, Transition, encode, is_final, job_id, transition},
+    ledger::{Ledger, Outcome, Transition, encode, is_final, transition},
 };
 use efferent_proto::{
     ApiError,
@@ -29,7 +29,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     directory::Directory,
-    follow::{self, Wish},
+    follow::{self, Tail, Wish},
     server::Options,
     validate,
 };
@@ -90,8 +90,12 @@ impl Images {
         })
     }
 
-    /// Makes the job durable and its task with it, or finds the job that the idempotency key names.
-    async fn accept(&self, request: GenerateRequest, trace: &trace::Context) -> Result<(JobRecord, bool), ApiError> {
+    /// Makes the job durable and its task with it, or finds the job that the idempotency key names. A new one comes with its events.
+    async fn accept(
+        &self,
+        request: GenerateRequest,
+        trace: &trace::Context,
+    ) -> Result<(String, Option<Tail>), ApiError> {
         validate::syntax(&request)?;
         let hash = Bytes::copy_from_slice(blake3::hash(&request.encode_to_vec()).as_bytes());
         let key = request.idempotency_key.clone();
@@ -109,7 +113,7 @@ impl Images {
                 if record.job.as_ref().is_some_and(|job| job.state() == JobState::Accepted) {
                     self.publish(&record, trace).await?;
                 }
-                return Ok((record, true));
+                return Ok((id, None));
             }
         }
         let model = self.directory.choose(&request.model)?;
@@ -117,19 +121,19 @@ impl Images {
         let now = SystemTime::now();
         let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
         let depth = self.directory.depth(&names::brain_queue(&model.brain, request.lane()));
-        let record = transition::accepted(id, request, model, now, now + deadline, depth + 1);
+        let record = transition::accepted(id.clone(), request, model, now, now + deadline, depth + 1);
         if !self.ledger.create_job(&record).await.map_err(unavailable)? {
             // Another request with the same key was quicker.
-            let standing = self.ledger.job(job_id(&record)).await.map_err(unavailable)?;
-            return Ok((standing.unwrap_or(record), true));
+            return Ok((id, None));
         }
+        let events = self.ledger.bus().subscribe(&names::job_events(&id)).await.map_err(unavailable)?;
         match self.publish(&record, trace).await {
-            Ok(()) => Ok((record, false)),
+            Ok(()) => Ok((id, Some(Tail { record, events }))),
             Err(error) => {
                 // Certainly not stored, so the job must not linger. After other errors it may have been: the job stays, and a second
                 // request with the same key finds it. (If nobody asks again, it expires.)
                 if error.code == ErrorCode::QueueFull {
-                    let _ = self.ledger.bus().delete(Bucket::Jobs, job_id(&record)).await;
+                    let _ = self.ledger.bus().delete(Bucket::Jobs, &id).await;
                 }
                 Err(error)
             }
@@ -164,9 +168,16 @@ impl Images {
         Ok(())
     }
 
-    fn stream(&self, id: String, wish: Wish, permit: OwnedSemaphorePermit, existing: bool) -> Events {
+    fn stream(
+        &self,
+        id: String,
+        tail: Option<Tail>,
+        wish: Wish,
+        permit: OwnedSemaphorePermit,
+        existing: bool,
+    ) -> Events {
         let (sender, receiver) = mpsc::channel(BACKLOG);
-        let following = follow::follow(self.ledger.clone(), id, wish, sender, self.shutdown.clone());
+        let following = follow::follow(self.ledger.clone(), id, tail, wish, sender, self.shutdown.clone());
         tokio::spawn(async move {
             following.await;
             drop(permit);
@@ -237,8 +248,9 @@ impl ImageService for Images {
         let inline_images = request.inline_images;
         let outcome = async {
             let permit = self.stream_permit()?;
-            let (record, existing) = self.accept(request, &trace).await?;
-            Ok(self.stream(job_id(&record).to_owned(), Wish { after: 0, inline_images }, permit, existing))
+            let (id, tail) = self.accept(request, &trace).await?;
+            let existing = tail.is_none();
+            Ok(self.stream(id, tail, Wish { after: 0, inline_images }, permit, existing))
         };
         count("Generate", started, outcome.await).map(Response::new)
     }
@@ -255,7 +267,7 @@ impl ImageService for Images {
         let outcome = async {
             let permit = self.stream_permit()?;
             self.known_job(&job_id).await?;
-            Ok(self.stream(job_id, Wish { after, inline_images }, permit, false))
+            Ok(self.stream(job_id, None, Wish { after, inline_images }, permit, false))
         };
         count("WatchJob", started, outcome.await).map(Response::new)
     }

@@ -279,19 +279,12 @@ impl Bus for Nats {
         if max == 0 {
             return Ok(Vec::new());
         }
-        let what = || format!("pulling from {queue}");
-        let mut found = self.pull_waiting(&known, max).await?;
-        if found.is_empty() && !wait.is_zero() {
-            // A batch waits until it is full or its time is over: so wait for one task, then take what else there is.
-            let messages =
-                known.consumer.batch().max_messages(1).expires(wait).messages().await.map_err(fault(what()))?;
-            let more;
-            (found, more) = collect(messages, queue).await?;
-            if more > 0 && max > 1 {
-                found.extend(self.pull_waiting(&known, max - 1).await.unwrap_or_default());
-            }
+        // `no_wait` and `expires` together: what is there, or else the first that comes, and the server says that this was all.
+        let mut fetch = known.consumer.fetch().max_messages(max);
+        if !wait.is_zero() {
+            fetch = fetch.expires(wait);
         }
-        Ok(found)
+        collect(fetch.messages().await.map_err(fault(format!("pulling from {queue}")))?, queue).await
     }
 
     async fn purge(&self, queue: &str, job: &str) -> Result<u64> {
@@ -454,14 +447,6 @@ impl Bus for Nats {
             payload: message.payload,
         };
         Ok(subscriber.map(event).boxed())
-    }
-}
-
-impl Nats {
-    async fn pull_waiting(&self, queue: &Queue, max: usize) -> Result<Vec<Delivery>> {
-        let what = format!("pulling from {}", queue.spec.name);
-        let messages = queue.consumer.fetch().max_messages(max).messages().await.map_err(fault(what))?;
-        Ok(collect(messages, &queue.spec.name).await?.0)
     }
 }
 

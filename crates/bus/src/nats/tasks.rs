@@ -15,25 +15,22 @@ use crate::{Delivery, Error, Lease, Result};
 pub(super) const JOB: &str = "Efferent-Job";
 pub(super) const HEADER_PREFIX: &str = "Efferent-Header-";
 
-/// What a pull brought, and how many more tasks waited. An error after some tasks came is left to the next pull: those that came are ours to do.
+/// What a pull brought. An error after some tasks came is left to the next pull: those that came are ours to do.
 pub(super) async fn collect(
     mut messages: impl futures::Stream<Item = std::result::Result<jetstream::Message, async_nats::Error>> + Unpin,
     queue: &str,
-) -> Result<(Vec<Delivery>, u64)> {
-    let (mut found, mut more) = (Vec::new(), 0);
+) -> Result<Vec<Delivery>> {
+    let mut found = Vec::new();
     while let Some(message) = messages.next().await {
         match message {
-            Ok(message) => {
-                more = message.info().map_or(0, |info| info.pending);
-                found.extend(delivery(message, queue));
-            }
+            Ok(message) => found.extend(delivery(message, queue)),
             Err(source) if found.is_empty() => {
                 return Err(Error::Unavailable { what: format!("pulling from {queue}"), source: Some(source) });
             }
             Err(_) => break,
         }
     }
-    Ok((found, more))
+    Ok(found)
 }
 
 fn delivery(message: jetstream::Message, queue: &str) -> Option<Delivery> {
