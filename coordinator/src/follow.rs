@@ -12,7 +12,7 @@ use efferent_bus::{
 };
 use efferent_proto::{
     ApiError,
-    internal::JobRecord,
+    internal::{JobEvents, JobRecord},
     names, time,
     v1::{Detached, ErrorCode, JobEvent, JobState, job_event::Event},
 };
@@ -147,9 +147,19 @@ impl Follower {
         Ok(())
     }
 
-    /// Passes an event on, if it is the next one.
+    /// Passes events on, as long as each is the next one.
     async fn hear(&mut self, payload: &[u8]) -> Result<Heard, Stop> {
-        let Ok(event) = JobEvent::decode(payload) else { return Ok(Heard::Look) };
+        let Ok(JobEvents { events }) = JobEvents::decode(payload) else { return Ok(Heard::Look) };
+        for event in events {
+            match self.hear_one(event).await? {
+                Heard::On => {}
+                other => return Ok(other),
+            }
+        }
+        Ok(Heard::On)
+    }
+
+    async fn hear_one(&mut self, event: JobEvent) -> Result<Heard, Stop> {
         match &event.event {
             Some(Event::Step(_) | Event::Preview(_)) => {
                 // Worth less than keeping up: a slow client misses some.

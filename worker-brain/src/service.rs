@@ -121,7 +121,7 @@ pub async fn run(
 
 async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
     let lanes = names::LANES.iter().map(|lane| names::brain_queue(&model.brain, *lane)).collect();
-    let intake = Intake::new(worker.ledger.bus().clone(), lanes);
+    let mut intake = Intake::new(worker.ledger.bus().clone(), lanes);
     let tasks = TaskTracker::new();
     let batches = Arc::new(Semaphore::new(BATCHES));
     let mut busy = false;

@@ -68,6 +68,8 @@ fn png(picture: &RgbImage, parameters: Option<&str>) -> Result<Vec<u8>, png::Enc
     let mut encoder = png::Encoder::new(&mut file, picture.width(), picture.height());
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
+    // A few per cent larger than the densest, and several times quicker.
+    encoder.set_compression(png::Compression::Fast);
     match parameters {
         // The older chunk, which every reader knows, holds Latin-1 only.
         Some(text) if text.is_ascii() => encoder.add_text_chunk("parameters".to_owned(), text.to_owned())?,

@@ -38,6 +38,8 @@ use crate::{
 
 /// Files of up to this many bytes travel in the event that tells of the image, so that nobody who listens has to fetch them.
 const MAX_TOLD: usize = 64 * 1024;
+/// Bytes of pixels up to which a picture becomes a file sooner than a thread for it wakes up.
+const MAX_ENCODED_HERE: usize = 32 * 1024;
 
 /// How a hand worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -114,7 +116,7 @@ pub async fn run(
 
 async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
     let lanes = names::LANES.iter().map(|lane| names::hand_queue(&model.hand, *lane)).collect();
-    let intake = Intake::new(worker.ledger.bus().clone(), lanes);
+    let mut intake = Intake::new(worker.ledger.bus().clone(), lanes);
     let tasks = TaskTracker::new();
     let room = Arc::new(Semaphore::new(capacity));
     while !shutdown.is_triggered() {
@@ -263,9 +265,8 @@ impl Worker {
     /// Tells of progress. At most once: what is lost is overtaken by the next step.
     async fn tell(&self, task: &HandTask, progress: Vec<Event>) {
         let number = self.ledger.known(&task.job_id).map_or(0, |known| known.written);
-        let time = Some(time::timestamp(SystemTime::now()));
-        let event = |event| JobEvent { job_id: task.job_id.clone(), number, time, event: Some(event) };
-        self.ledger.tell(&progress.into_iter().map(event).collect::<Vec<_>>()).await;
+        let events = progress.into_iter().map(|event| passing(task, number, event)).collect();
+        self.ledger.tell(&task.job_id, events).await;
     }
 
     /// File, then record, then the task: in this order nothing is acknowledged that is not durable.
@@ -279,8 +280,13 @@ impl Worker {
     ) -> efferent_bus::Result<()> {
         metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
         let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
-        let owned = task.clone();
-        let file = match tokio::task::spawn_blocking(move || files::encode(&picture, &owned)).await {
+        let file = if picture.as_raw().len() <= MAX_ENCODED_HERE {
+            Ok(files::encode(&picture, task))
+        } else {
+            let owned = task.clone();
+            tokio::task::spawn_blocking(move || files::encode(&picture, &owned)).await
+        };
+        let file = match file {
             Ok(Ok(file)) => file,
             Ok(Err(error)) => return held.failed(&EngineError::compute("cannot encode the picture", error)).await,
             Err(error) => return held.failed(&EngineError::Crashed(error.to_string())).await,
@@ -311,13 +317,19 @@ impl Worker {
                 metrics::counter!("efferent_results_duplicate_total").increment(1);
             }
         }
-        let image = news.iter().position(|event| matches!(event.event, Some(Event::Image(_)))).unwrap_or_default();
-        let results = news.split_off(image);
-        self.ledger.tell(&news).await;
-        self.tell(task, progress).await;
-        self.ledger.tell(&results).await;
+        if let Some(image) = news.iter().position(|event| matches!(event.event, Some(Event::Image(_)))) {
+            let number = news[image].number.saturating_sub(1);
+            news.splice(image..image, progress.into_iter().map(|event| passing(task, number, event)));
+        }
+        self.ledger.tell(&task.job_id, news).await;
         held.done().await
     }
+}
+
+/// An event that is told and not kept, after the durable event of this number.
+fn passing(task: &HandTask, number: u64, event: Event) -> JobEvent {
+    let time = Some(time::timestamp(SystemTime::now()));
+    JobEvent { job_id: task.job_id.clone(), number, time, event: Some(event) }
 }
 
 fn render_request(request: &GenerateRequest, seed: u64, signal: Arc<ControlSignal>) -> RenderRequest {

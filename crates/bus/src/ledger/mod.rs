@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 use efferent_proto::{
-    internal::{DeadLetter, IdempotencyRecord, JobRecord, KnownJob},
+    internal::{DeadLetter, IdempotencyRecord, JobEvents, JobRecord, KnownJob},
     names,
     v1::{JobEvent, Model, Worker, job_event::Event},
 };
@@ -160,7 +160,7 @@ impl Ledger {
     /// Applies a transition, however many others change the job at the same time, and tells the new events to whoever listens.
     pub async fn apply(&self, job_id: &str, transition: &Transition) -> Result<Outcome> {
         let (outcome, news) = self.change(job_id, transition).await?;
-        self.tell(&news).await;
+        self.tell(job_id, news).await;
         Ok(outcome)
     }
 
@@ -209,9 +209,9 @@ impl Ledger {
     }
 
     /// Tells events to whoever listens. At most once: a watcher that misses a durable one reads it from the record.
-    pub async fn tell(&self, news: &[JobEvent]) {
-        for event in news {
-            let _ = self.bus.emit(&names::job_events(&event.job_id), encode(event)).await;
+    pub async fn tell(&self, job_id: &str, events: Vec<JobEvent>) {
+        if !events.is_empty() {
+            let _ = self.bus.emit(&names::job_events(job_id), encode(&JobEvents { events })).await;
         }
     }
 
