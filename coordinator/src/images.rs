@@ -122,11 +122,13 @@ impl Images {
         let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
         let depth = self.directory.depth(&names::brain_queue(&model.brain, request.lane()));
         let record = transition::accepted(id.clone(), request, model, now, now + deadline, depth + 1);
-        if !self.ledger.create_job(&record).await.map_err(unavailable)? {
+        let subject = names::job_events(&id);
+        let (created, events) = tokio::join!(self.ledger.create_job(&record), self.ledger.bus().subscribe(&subject));
+        if !created.map_err(unavailable)? {
             // Another request with the same key was quicker.
             return Ok((id, None));
         }
-        let events = self.ledger.bus().subscribe(&names::job_events(&id)).await.map_err(unavailable)?;
+        let events = events.map_err(unavailable)?;
         match self.publish(&record, trace).await {
             Ok(()) => Ok((id, Some(Tail { record, events }))),
             Err(error) => {
