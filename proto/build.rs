@@ -4,11 +4,13 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 4] = [
+const FILES: [&str; 6] = [
     "efferent/v1/common.proto",
     "efferent/v1/image.proto",
     "efferent/v1/cluster.proto",
+    "efferent/v1/batch.proto",
     "efferent/internal/v1/task.proto",
+    "efferent/internal/v1/batch.proto",
 ];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

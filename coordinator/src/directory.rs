@@ -99,6 +99,17 @@ impl Directory {
         })
     }
 
+    /// A model by name, served or not.
+    pub fn known(&self, name: &str) -> Option<Model> {
+        self.read(|state| state.models.get(name).cloned())
+    }
+
+    /// Images that all live hands take at once.
+    pub fn hand_capacity(&self) -> usize {
+        let counts = |worker: &&Worker| worker.role() == WorkerRole::Hand && worker.state() == WorkerState::Ready;
+        self.read(|state| state.workers.values().filter(counts).map(|worker| worker.capacity as usize).sum())
+    }
+
     /// Every live worker.
     pub fn workers(&self) -> Vec<Worker> {
         self.read(|state| state.workers.values().cloned().collect())

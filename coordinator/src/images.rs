@@ -49,7 +49,7 @@ pub struct Images {
     shutdown: Shutdown,
 }
 
-fn unavailable(error: efferent_bus::Error) -> ApiError {
+pub(crate) fn unavailable(error: efferent_bus::Error) -> ApiError {
     match error {
         efferent_bus::Error::Full { .. } => ApiError::new(ErrorCode::QueueFull, error.to_string()),
         error @ efferent_bus::Error::Usage(_) => ApiError::new(ErrorCode::Internal, error.to_string()),
@@ -58,7 +58,7 @@ fn unavailable(error: efferent_bus::Error) -> ApiError {
 }
 
 /// Counts a call by its outcome.
-fn count<T>(method: &'static str, started: Instant, outcome: Result<T, ApiError>) -> Result<T, Status> {
+pub(crate) fn count<T>(method: &'static str, started: Instant, outcome: Result<T, ApiError>) -> Result<T, Status> {
     let code = outcome.as_ref().map_or_else(ApiError::reason, |_| "OK");
     metrics::counter!("efferent_requests_total", "method" => method, "code" => code).increment(1);
     metrics::histogram!("efferent_request_seconds", "method" => method).record(started.elapsed().as_secs_f64());
@@ -77,6 +77,11 @@ impl Images {
     /// Streams that are open now.
     pub fn open_streams(&self) -> u32 {
         self.options.max_streams.saturating_sub(self.streams.available_permits()) as u32
+    }
+
+    /// Deadline of requests that have none.
+    pub(crate) fn default_deadline(&self) -> std::time::Duration {
+        self.options.default_deadline
     }
 
     fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
@@ -116,12 +121,7 @@ impl Images {
                 return Ok((id, None));
             }
         }
-        let model = self.directory.choose(&request.model)?;
-        let request = validate::resolve(request, &model, self.options.default_deadline)?;
-        let now = SystemTime::now();
-        let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
-        let depth = self.directory.depth(&names::brain_queue(&model.brain, request.lane()));
-        let record = transition::accepted(id.clone(), request, model, now, now + deadline, depth + 1);
+        let record = self.draft(id.clone(), request)?;
         let subject = names::job_events(&id);
         let (created, events) = tokio::join!(self.ledger.create_job(&record), self.ledger.bus().subscribe(&subject));
         if !created.map_err(unavailable)? {
@@ -131,18 +131,31 @@ impl Images {
         let events = events.map_err(unavailable)?;
         match self.publish(&record, trace).await {
             Ok(()) => Ok((id, Some(Tail { record, events }))),
-            Err(error) => {
-                // Certainly not stored, so the job must not linger. After other errors it may have been: the job stays, and a second
-                // request with the same key finds it. (If nobody asks again, it expires.)
-                if error.code == ErrorCode::QueueFull {
-                    let _ = self.ledger.bus().delete(Bucket::Jobs, &id).await;
-                }
-                Err(error)
-            }
+            Err(error) => Err(self.unmake(&id, error).await),
         }
     }
 
-    async fn publish(&self, record: &JobRecord, trace: &trace::Context) -> Result<(), ApiError> {
+    /// A job that can be accepted now, with every default filled in.
+    pub(crate) fn draft(&self, id: String, request: GenerateRequest) -> Result<JobRecord, ApiError> {
+        let model = self.directory.choose(&request.model)?;
+        let request = validate::resolve(request, &model, self.options.default_deadline)?;
+        let now = SystemTime::now();
+        let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
+        let depth = self.directory.depth(&names::brain_queue(&model.brain, request.lane()));
+        Ok(transition::accepted(id, request, model, now, now + deadline, depth + 1))
+    }
+
+    /// After a job's task could not be published. If that is certain, the job must not linger. After other errors it may have been
+    /// stored: the job stays, and whoever asks for it again finds it. (If nobody does, it expires.)
+    pub(crate) async fn unmake(&self, id: &str, error: ApiError) -> ApiError {
+        if error.code == ErrorCode::QueueFull {
+            let _ = self.ledger.bus().delete(Bucket::Jobs, id).await;
+        }
+        error
+    }
+
+    /// Publishes the task of a job. A second time, it is not stored again.
+    pub(crate) async fn publish(&self, record: &JobRecord, trace: &trace::Context) -> Result<(), ApiError> {
         let (Some(job), Some(model)) = (&record.job, &record.model) else {
             return Err(ApiError::new(ErrorCode::Internal, "a job record is incomplete"));
         };
@@ -204,7 +217,7 @@ impl Images {
         follow::expire(&self.ledger, record).await.map_err(unavailable)
     }
 
-    async fn cancel(&self, id: &str) -> Result<CancelJobResponse, ApiError> {
+    pub(crate) async fn cancel(&self, id: &str) -> Result<CancelJobResponse, ApiError> {
         self.known_job(id).await?;
         let error = ApiError::new(ErrorCode::Cancelled, "cancelled by the caller").into();
         let end = Transition::End { state: JobState::Cancelled, error };

@@ -3,14 +3,22 @@
 use std::time::Duration;
 
 use efferent_bus::ledger::Ledger;
-use efferent_proto::v1::{cluster_service_server::ClusterServiceServer, image_service_server::ImageServiceServer};
+use efferent_proto::v1::{
+    batch_service_server::BatchServiceServer, cluster_service_server::ClusterServiceServer,
+    image_service_server::ImageServiceServer,
+};
 use efferent_service::{Shutdown, admin::Readiness};
 use futures::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 
-use crate::{cluster::Cluster, directory::Directory, images::Images};
+use crate::{
+    batches::{self, Batches},
+    cluster::Cluster,
+    directory::Directory,
+    images::Images,
+};
 
 /// How a coordinator works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,9 +77,11 @@ pub async fn run(
     let grace = options.grace;
     let measure_interval = options.measure_interval;
     let images = Images::new(ledger.clone(), directory.clone(), options, shutdown.clone());
+    let batches = Batches::new(ledger.clone(), directory.clone(), images.clone());
     let cluster = Cluster::new(ledger, directory, images.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ImageServiceServer<Images>>().await;
+    health.set_serving::<BatchServiceServer<Batches>>().await;
     health.set_serving::<ClusterServiceServer<Cluster>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -93,10 +103,12 @@ pub async fn run(
         .add_service(reflection().build_v1()?)
         .add_service(reflection().build_v1alpha()?)
         .add_service(ImageServiceServer::new(images))
+        .add_service(BatchServiceServer::new(batches.clone()))
         .add_service(ClusterServiceServer::new(cluster.clone()))
         .serve_with_incoming_shutdown(incoming, shutdown.requested());
     readiness.set(true);
     tracing::info!(address, "coordinator is ready");
+    let dispatching = tokio::spawn(batches::dispatch(batches, shutdown.clone()));
     let measuring = tokio::spawn(measure(cluster, measure_interval)).abort_handle();
     let stopping = {
         let (shutdown, readiness) = (shutdown.clone(), readiness.clone());
@@ -114,6 +126,8 @@ pub async fn run(
     };
     readiness.set(false);
     measuring.abort();
+    // It lets its lease go, so that another coordinator need not wait for that.
+    let _ = tokio::time::timeout(Duration::from_secs(2), dispatching).await;
     outcome
 }
 

@@ -96,11 +96,13 @@ fn default_retry(code: ErrorCode) -> Option<Duration> {
 pub fn grpc_code(code: ErrorCode) -> Code {
     match code {
         ErrorCode::InvalidField | ErrorCode::LimitExceeded | ErrorCode::NotOffered => Code::InvalidArgument,
-        ErrorCode::UnknownModel | ErrorCode::UnknownJob | ErrorCode::UnknownImage => Code::NotFound,
+        ErrorCode::UnknownModel | ErrorCode::UnknownJob | ErrorCode::UnknownImage | ErrorCode::UnknownBatch => {
+            Code::NotFound
+        }
         ErrorCode::NoWorker | ErrorCode::BusUnavailable | ErrorCode::Stopping => Code::Unavailable,
         ErrorCode::QueueFull | ErrorCode::TooManyRequests => Code::ResourceExhausted,
         ErrorCode::IdempotencyConflict => Code::AlreadyExists,
-        ErrorCode::JobFinished | ErrorCode::SpaceMismatch => Code::FailedPrecondition,
+        ErrorCode::JobFinished | ErrorCode::BatchFinished | ErrorCode::SpaceMismatch => Code::FailedPrecondition,
         ErrorCode::Expired => Code::DeadlineExceeded,
         ErrorCode::Cancelled => Code::Cancelled,
         ErrorCode::AttemptsExhausted => Code::Aborted,

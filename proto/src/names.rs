@@ -56,6 +56,28 @@ pub fn new_job_id() -> String {
     ulid::Ulid::new().to_string()
 }
 
+/// The job id that belongs to `digest` within a batch: the same each time, with the batch's time.
+pub fn derived_job_id(batch_id: &str, digest: [u8; 16]) -> String {
+    let time = ulid::Ulid::from_string(batch_id).map_or(0, |id| id.timestamp_ms());
+    ulid::Ulid::from_parts(time, u128::from_be_bytes(digest)).to_string()
+}
+
+/// That jobs of a batch have ended: encoded `JobEnded`.
+pub fn batch_ends(batch_id: &str) -> String {
+    format!("events.ended.{batch_id}")
+}
+
+/// [`batch_ends`] of every batch.
+pub const ANY_BATCH_END: &str = "events.ended.*";
+
+/// That a batch was made or cancelled. The payload is empty.
+pub const BATCHES: &str = "events.batches";
+
+/// Key of a batch's chunk in bucket `chunks`.
+pub fn chunk_key(batch_id: &str, chunk: u64) -> String {
+    format!("{batch_id}.{chunk}")
+}
+
 /// Key of the task that renders an image.
 pub fn image_key(job_id: &str, image_index: u32) -> String {
     format!("{job_id}.{image_index}")

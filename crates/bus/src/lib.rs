@@ -185,11 +185,15 @@ pub enum Bucket {
     Leases,
     /// Tasks that failed for good.
     Dead,
+    /// Batches.
+    Batches,
+    /// Chunks of batches.
+    Chunks,
 }
 
 impl Bucket {
     /// Every bucket.
-    pub const ALL: [Bucket; 7] = [
+    pub const ALL: [Bucket; 9] = [
         Bucket::Jobs,
         Bucket::Idempotency,
         Bucket::Workers,
@@ -197,6 +201,8 @@ impl Bucket {
         Bucket::Signals,
         Bucket::Leases,
         Bucket::Dead,
+        Bucket::Batches,
+        Bucket::Chunks,
     ];
 
     /// Its name in backends.
@@ -209,6 +215,8 @@ impl Bucket {
             Bucket::Signals => "signals",
             Bucket::Leases => "leases",
             Bucket::Dead => "dead",
+            Bucket::Batches => "batches",
+            Bucket::Chunks => "chunks",
         }
     }
 }

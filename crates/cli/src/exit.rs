@@ -150,8 +150,10 @@ fn exit_of(code: ErrorCode) -> Exit {
         | ErrorCode::UnknownModel
         | ErrorCode::UnknownJob
         | ErrorCode::UnknownImage
+        | ErrorCode::UnknownBatch
         | ErrorCode::IdempotencyConflict
-        | ErrorCode::JobFinished => Exit::Refused,
+        | ErrorCode::JobFinished
+        | ErrorCode::BatchFinished => Exit::Refused,
         ErrorCode::NoWorker
         | ErrorCode::QueueFull
         | ErrorCode::TooManyRequests

@@ -2,6 +2,7 @@
 //!
 //! [`transition`] is the pure part: what may follow what in a job's life. This file does the reading, comparing and swapping.
 
+pub mod batches;
 pub mod transition;
 
 use std::{
@@ -189,6 +190,9 @@ impl Ledger {
             let Some(revision) = swapped else { continue };
             if record.job.as_ref().is_some_and(|job| is_final(job.state())) {
                 self.known.invalidate(job_id);
+                if !record.batch_id.is_empty() {
+                    self.tell_end(&record).await;
+                }
             } else {
                 self.remember(up_to_date(record.clone(), revision));
             }

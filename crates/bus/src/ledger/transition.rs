@@ -57,7 +57,7 @@ pub fn accepted(
         expires_at: Some(time::timestamp(expires_at)),
         ..Default::default()
     };
-    let mut record = JobRecord { job: Some(job), model: Some(model), log: Vec::new() };
+    let mut record = JobRecord { job: Some(job), model: Some(model), ..JobRecord::default() };
     let expires_at = Some(time::timestamp(expires_at));
     append(
         &mut record,

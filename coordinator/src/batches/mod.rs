@@ -1,0 +1,219 @@
+//! `BatchService`: many requests submitted together.
+//!
+//! Read in this order: [`submit`] (how a batch is stored), [`dispatch`] (how its items become jobs), [`lease`] (which coordinator does
+//! that), this file (what clients ask).
+
+mod dispatch;
+mod lease;
+mod submit;
+
+use std::time::{Duration, Instant};
+
+use efferent_bus::ledger::{
+    Ledger,
+    batches::{CHUNK_ITEMS, Revised, batch_id, is_over, item_job_id},
+    encode, transition,
+};
+use efferent_proto::{
+    ApiError,
+    internal::{BatchRecord, ChunkRecord},
+    names,
+    v1::{
+        Batch, BatchItem, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest, GetBatchRequest, ItemState,
+        ListBatchResultsRequest, SubmitBatchRequest, SubmitBatchResponse, WatchBatchRequest,
+        batch_service_server::BatchService,
+    },
+};
+use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    directory::Directory,
+    images::{Images, count, unavailable},
+};
+
+pub use dispatch::dispatch;
+
+/// How often a watched batch is looked at.
+const LOOK: Duration = Duration::from_millis(250);
+/// Items whose jobs are read at once for a list.
+const READS: usize = 32;
+
+/// The service.
+#[derive(Debug, Clone)]
+pub struct Batches {
+    ledger: Ledger,
+    directory: Directory,
+    images: Images,
+}
+
+fn unknown(id: &str) -> ApiError {
+    ApiError::new(ErrorCode::UnknownBatch, format!("no batch {id:?} is known")).field("batch_id")
+}
+
+impl Batches {
+    /// A service on these records, which makes jobs as `images` does.
+    pub fn new(ledger: Ledger, directory: Directory, images: Images) -> Self {
+        Self { ledger, directory, images }
+    }
+
+    async fn known(&self, id: &str) -> Result<Revised<BatchRecord>, ApiError> {
+        if !names::is_job_id(id) {
+            return Err(unknown(id));
+        }
+        self.ledger.batch(id).await.map_err(unavailable)?.ok_or_else(|| unknown(id))
+    }
+
+    /// Has the dispatcher look at once.
+    async fn wake(&self) {
+        let _ = self.ledger.bus().emit(names::BATCHES, encode(&())).await;
+    }
+
+    async fn cancel(&self, id: &str) -> Result<Batch, ApiError> {
+        self.known(id).await?;
+        let mut over = None;
+        let changed = self.ledger.change_batch(id, |batch| {
+            let state = batch.state();
+            over = (state == BatchState::Ended).then_some(state);
+            let stops = matches!(state, BatchState::Submitting | BatchState::Running);
+            if stops {
+                batch.set_state(BatchState::Cancelling);
+            }
+            stops
+        });
+        let record = changed.await.map_err(unavailable)?.ok_or_else(|| unknown(id))?;
+        if over.is_some() {
+            let message = format!("batch {id} has ended already");
+            return Err(ApiError::new(ErrorCode::BatchFinished, message).field("batch_id"));
+        }
+        self.wake().await;
+        Ok(record.batch.unwrap_or_default())
+    }
+
+    /// The items of a chunk, with what became of them.
+    async fn items(
+        &self,
+        id: &str,
+        number: u64,
+        start: u64,
+        states: &[ItemState],
+    ) -> Result<Vec<BatchItem>, efferent_bus::Error> {
+        let Some((chunk, _)) = self.ledger.chunk(id, number).await? else { return Ok(Vec::new()) };
+        let first = number * CHUNK_ITEMS as u64;
+        let requests = self.ledger.chunk_items(&chunk).await?;
+        let wanted = requests.into_iter().enumerate().map(|(at, request)| (at, first + at as u64, request));
+        let wanted = wanted
+            .filter(|(at, index, _)| *index >= start && (states.is_empty() || states.contains(&state(&chunk, *at))));
+        let chunk = &chunk;
+        let read = wanted.map(|(at, index, request)| self.item(id, chunk, at, index, request));
+        futures::stream::iter(read.collect::<Vec<_>>()).buffered(READS).try_collect().await
+    }
+
+    async fn item(
+        &self,
+        id: &str,
+        chunk: &ChunkRecord,
+        at: usize,
+        index: u64,
+        request: GenerateRequest,
+    ) -> efferent_bus::Result<BatchItem> {
+        let mut item = BatchItem { index, request: Some(request), ..BatchItem::default() };
+        item.set_state(state(chunk, at));
+        if let Some(refused) = chunk.refused.iter().find(|refused| refused.index == index) {
+            item.error = refused.error.clone();
+        } else if item.state() != ItemState::Waiting {
+            let job_id = item_job_id(id, index);
+            if let Some(record) = self.ledger.job(&job_id).await? {
+                let job = transition::public_job(&record);
+                (item.images, item.error) = (job.images, job.error);
+                item.job_id = job_id;
+            }
+        }
+        Ok(item)
+    }
+}
+
+/// An item's state, by its place in its chunk.
+fn state(chunk: &ChunkRecord, at: usize) -> ItemState {
+    chunk.states.get(at).and_then(|state| ItemState::try_from(i32::from(*state)).ok()).unwrap_or_default()
+}
+
+#[tonic::async_trait]
+impl BatchService for Batches {
+    type WatchBatchStream = BoxStream<'static, Result<Batch, Status>>;
+    type ListBatchResultsStream = BoxStream<'static, Result<BatchItem, Status>>;
+
+    async fn submit_batch(
+        &self,
+        request: Request<Streaming<SubmitBatchRequest>>,
+    ) -> Result<Response<SubmitBatchResponse>, Status> {
+        let started = Instant::now();
+        let outcome = self.submit(request.into_inner()).await;
+        count("SubmitBatch", started, outcome).map(Response::new)
+    }
+
+    async fn get_batch(&self, request: Request<GetBatchRequest>) -> Result<Response<Batch>, Status> {
+        let started = Instant::now();
+        let outcome = self.known(&request.into_inner().batch_id).await;
+        count("GetBatch", started, outcome).map(|(record, _)| Response::new(record.batch.unwrap_or_default()))
+    }
+
+    async fn watch_batch(
+        &self,
+        request: Request<WatchBatchRequest>,
+    ) -> Result<Response<Self::WatchBatchStream>, Status> {
+        let started = Instant::now();
+        let id = request.into_inner().batch_id;
+        let (record, revision) = count("WatchBatch", started, self.known(&id).await)?;
+        let (batches, first) = (self.clone(), record.batch.clone().unwrap_or_default());
+        let over = is_over(first.state());
+        let changes = futures::stream::try_unfold((revision, over), move |(mut last, over)| {
+            let (batches, id) = (batches.clone(), id.clone());
+            async move {
+                if over {
+                    return Ok(None);
+                }
+                loop {
+                    tokio::time::sleep(LOOK).await;
+                    let (record, revision) = batches.known(&id).await.map_err(Status::from)?;
+                    if revision != last {
+                        last = revision;
+                        let batch = record.batch.unwrap_or_default();
+                        let over = is_over(batch.state());
+                        return Ok(Some((batch, (last, over))));
+                    }
+                }
+            }
+        });
+        Ok(Response::new(futures::stream::once(std::future::ready(Ok(first))).chain(changes).boxed()))
+    }
+
+    async fn list_batch_results(
+        &self,
+        request: Request<ListBatchResultsRequest>,
+    ) -> Result<Response<Self::ListBatchResultsStream>, Status> {
+        let started = Instant::now();
+        let request = request.into_inner();
+        let (record, _) = count("ListBatchResults", started, self.known(&request.batch_id).await)?;
+        let states: Vec<ItemState> = request.states().collect();
+        let (batches, id, start) = (self.clone(), batch_id(&record).to_owned(), request.start);
+        let chunks = start / CHUNK_ITEMS as u64..record.chunk_count;
+        let items = futures::stream::iter(chunks).then(move |number| {
+            let (batches, id, states) = (batches.clone(), id.clone(), states.clone());
+            async move {
+                let items = batches.items(&id, number, start, &states).await;
+                futures::stream::iter(match items {
+                    Ok(items) => items.into_iter().map(Ok).collect(),
+                    Err(error) => vec![Err(Status::from(unavailable(error)))],
+                })
+            }
+        });
+        Ok(Response::new(items.flatten().boxed()))
+    }
+
+    async fn cancel_batch(&self, request: Request<CancelBatchRequest>) -> Result<Response<Batch>, Status> {
+        let started = Instant::now();
+        let outcome = self.cancel(&request.into_inner().batch_id).await;
+        count("CancelBatch", started, outcome).map(Response::new)
+    }
+}

@@ -1,0 +1,205 @@
+//! Batches from submission to results on the embedded queue, with simulated engines.
+
+use std::{collections::HashSet, time::Duration};
+
+use efferent_bus::ledger::Options;
+use efferent_proto::{
+    ApiError,
+    v1::{
+        Batch, BatchHeader, BatchItem, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest,
+        GetBatchRequest, ItemState, ListBatchResultsRequest, SubmitBatchRequest, SubmitBatchResponse,
+        WatchBatchRequest, batch_service_client::BatchServiceClient, submit_batch_request::Part,
+    },
+};
+use efferent_tests::{
+    calls::{PATIENCE, generate, kind, request},
+    local::{Cluster, Coordinator},
+};
+use tokio_stream::StreamExt as _;
+use tonic::{Status, transport::Channel};
+
+type Client = BatchServiceClient<Channel>;
+
+async fn client(coordinator: &Coordinator) -> Client {
+    Client::new(coordinator.channel().await)
+}
+
+fn items(count: usize) -> Vec<GenerateRequest> {
+    let item = |index: usize| GenerateRequest { seed: Some(index as u64), steps: Some(1), ..request("a cat") };
+    (0..count).map(item).collect()
+}
+
+async fn submit(
+    client: &mut Client,
+    header: BatchHeader,
+    items: &[GenerateRequest],
+) -> Result<SubmitBatchResponse, Status> {
+    let header = SubmitBatchRequest { part: Some(Part::Header(header)) };
+    let chunks: Vec<_> = items
+        .chunks(100)
+        .map(|items| SubmitBatchRequest { part: Some(Part::Items(BatchItems { items: items.to_vec() })) })
+        .collect();
+    let parts = std::iter::once(header).chain(chunks);
+    client.submit_batch(tokio_stream::iter(parts.collect::<Vec<_>>())).await.map(tonic::Response::into_inner)
+}
+
+fn key(key: &str) -> BatchHeader {
+    BatchHeader { idempotency_key: key.to_owned(), name: "a test".to_owned(), all_or_nothing: false }
+}
+
+fn id(answer: &SubmitBatchResponse) -> String {
+    answer.batch.as_ref().expect("a batch").batch_id.clone()
+}
+
+/// Waits for the end of a batch.
+async fn end(client: &mut Client, batch_id: &str) -> Batch {
+    let watch = async {
+        let request = WatchBatchRequest { batch_id: batch_id.to_owned() };
+        let mut states = client.watch_batch(request).await.expect("the batch is known").into_inner();
+        let mut last = None;
+        while let Some(batch) = states.next().await {
+            last = Some(batch.expect("the stream has no error"));
+        }
+        last.expect("a state")
+    };
+    tokio::time::timeout(PATIENCE, watch).await.expect("the batch ends in time")
+}
+
+async fn results(client: &mut Client, batch_id: &str, start: u64, states: &[ItemState]) -> Vec<BatchItem> {
+    let states = states.iter().map(|state| *state as i32).collect();
+    let request = ListBatchResultsRequest { batch_id: batch_id.to_owned(), start, states };
+    let stream = client.list_batch_results(request).await.expect("the batch is known").into_inner();
+    stream.map(|item| item.expect("the stream has no error")).collect().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_item_ends_once_and_is_listed_in_order() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    let mut client = client(&coordinator).await;
+    let mut wanted = items(600);
+    wanted[7].prompt = " ".to_owned();
+    wanted[599].steps = Some(9999);
+    let answer = submit(&mut client, key(""), &wanted).await.expect("the batch is accepted");
+    let faults: Vec<_> =
+        answer.errors.iter().map(|error| (error.index, error.error.as_ref().map(|e| e.field.as_str()))).collect();
+    assert_eq!(faults, [(7, Some("prompt")), (599, Some("steps"))]);
+    let batch = end(&mut client, &id(&answer)).await;
+    assert_eq!((batch.state(), batch.item_count), (BatchState::Ended, 600));
+    assert_eq!((batch.succeeded, batch.failed, batch.running, batch.cancelled), (598, 2, 0, 0));
+    assert!(batch.finished_at.is_some());
+    let all = results(&mut client, &batch.batch_id, 0, &[]).await;
+    assert_eq!(all.iter().map(|item| item.index).collect::<Vec<_>>(), (0..600).collect::<Vec<_>>());
+    assert_eq!(all.iter().filter(|item| item.state() == ItemState::Succeeded).count(), 598);
+    assert!(all.iter().all(|item| item.images.len() == usize::from(item.state() == ItemState::Succeeded)));
+    let seeds: HashSet<_> = all.iter().flat_map(|item| &item.images).map(|image| image.seed).collect();
+    assert_eq!(seeds.len(), 598, "each with its own seed");
+    // From an index, and by state.
+    let failed = results(&mut client, &batch.batch_id, 8, &[ItemState::Failed]).await;
+    assert_eq!(failed.iter().map(|item| item.index).collect::<Vec<_>>(), [599]);
+    let error = failed[0].error.as_ref().expect("why it failed");
+    assert_eq!((error.code(), error.field.as_str()), (ErrorCode::LimitExceeded, "steps"));
+    // Nothing is left behind.
+    for queue in ["brain.sim.batch", "hand.sim.batch"] {
+        let depth = cluster.ledger.bus().depth(queue).await.expect("a queue");
+        assert_eq!((depth.ready, depth.leased), (0, 0), "{queue}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_submission_can_be_sent_again() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    let mut client = client(&coordinator).await;
+    let wanted = items(700);
+    // Cut off after the first chunk.
+    let header = SubmitBatchRequest { part: Some(Part::Header(key("again"))) };
+    let first = SubmitBatchRequest { part: Some(Part::Items(BatchItems { items: wanted[..300].to_vec() })) };
+    let nonsense = SubmitBatchRequest { part: None };
+    client.submit_batch(tokio_stream::iter([header, first, nonsense])).await.expect_err("the stream breaks");
+    let answer = submit(&mut client, key("again"), &wanted).await.expect("it goes on");
+    let batch = end(&mut client, &id(&answer)).await;
+    assert_eq!((batch.item_count, batch.succeeded), (700, 700));
+    // The whole again is the same batch, also at another coordinator.
+    let other = cluster.coordinator().await;
+    let mut elsewhere = Client::new(other.channel().await);
+    let again = submit(&mut elsewhere, key("again"), &wanted).await.expect("it is known");
+    assert!(again.existing);
+    assert_eq!(id(&again), batch.batch_id);
+    // Other items under the same key are refused.
+    let mut others = wanted.clone();
+    others[650].prompt = "a dog".to_owned();
+    let refused = submit(&mut client, key("again"), &others).await.expect_err("the key is taken");
+    assert_eq!(ApiError::from(&refused).code, ErrorCode::IdempotencyConflict);
+    let refused = submit(&mut client, key("again"), &wanted[..600]).await.expect_err("the key is taken");
+    assert_eq!(ApiError::from(&refused).code, ErrorCode::IdempotencyConflict);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_a_batch_is_refused() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    let mut client = client(&coordinator).await;
+    let code = |outcome: Result<SubmitBatchResponse, Status>| {
+        let error = ApiError::from(&outcome.expect_err("it is refused"));
+        (error.code, error.field)
+    };
+    let headless = client.submit_batch(tokio_stream::iter([SubmitBatchRequest { part: None }])).await;
+    assert_eq!(code(headless.map(tonic::Response::into_inner)), (ErrorCode::InvalidField, "header".to_owned()));
+    let empty = submit(&mut client, key(""), &[]).await;
+    assert_eq!(code(empty), (ErrorCode::InvalidField, "items".to_owned()));
+    let long = submit(&mut client, key(&"k".repeat(129)), &items(1)).await;
+    assert_eq!(code(long), (ErrorCode::LimitExceeded, "idempotency_key".to_owned()));
+    let mut faulty = items(300);
+    faulty[270].guidance_scale = Some(f32::NAN);
+    let strict = submit(&mut client, BatchHeader { all_or_nothing: true, ..key("") }, &faulty).await;
+    assert_eq!(code(strict), (ErrorCode::InvalidField, "guidance_scale".to_owned()));
+    for unknown in ["", "nonsense", "01ARZ3NDEKTSV4RRFFQ69G5FAV"] {
+        let request = GetBatchRequest { batch_id: unknown.to_owned() };
+        let error = ApiError::from(&client.get_batch(request).await.expect_err("it is unknown"));
+        assert_eq!((error.code, error.field.as_str()), (ErrorCode::UnknownBatch, "batch_id"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_batch_stops() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::from_millis(20)).await);
+    let mut client = client(&coordinator).await;
+    let answer = submit(&mut client, key(""), &items(1000)).await.expect("the batch is accepted");
+    let request = CancelBatchRequest { batch_id: id(&answer) };
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    client.cancel_batch(request.clone()).await.expect("it is cancelled");
+    client.cancel_batch(request.clone()).await.expect("twice is once");
+    let batch = end(&mut client, &id(&answer)).await;
+    assert_eq!(batch.state(), BatchState::Cancelled);
+    assert_eq!(batch.succeeded + batch.cancelled, 1000, "{batch:?}");
+    assert!(batch.cancelled > 800, "{batch:?}");
+    let error = client.cancel_batch(request).await.map(|answer| answer.into_inner().state());
+    assert_eq!(error.expect("still once"), BatchState::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_coordinator_goes_on_and_interactive_requests_go_first() {
+    let cluster = Cluster::with(Options { lease: Duration::from_secs(2), ..Options::default() }).await;
+    let (first, second) = (cluster.coordinator().await, cluster.coordinator().await);
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::from_millis(5)).await);
+    let mut client = client(&first).await;
+    let answer = submit(&mut client, key(""), &items(500)).await.expect("the batch is accepted");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let mut images = second.client().await;
+    let events = generate(&mut images, request("in between")).await;
+    assert_eq!(kind(events.last().expect("events")), "done");
+    let mut elsewhere = Client::new(second.channel().await);
+    let before =
+        elsewhere.get_batch(GetBatchRequest { batch_id: id(&answer) }).await.expect("it is known").into_inner();
+    assert_eq!(before.state(), BatchState::Running, "the request did not wait for the batch: {before:?}");
+    // Whichever of the two dispatches: the other takes over.
+    first.service.stop().await;
+    let batch = end(&mut elsewhere, &id(&answer)).await;
+    assert_eq!((batch.state(), batch.succeeded), (BatchState::Ended, 500));
+}
