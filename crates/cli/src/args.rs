@@ -62,6 +62,9 @@ pub(crate) enum Do {
     Cancel(Job),
     /// Fetch a rendered image of a job
     Image(Image),
+    /// Draw many prompts: submit a file of them, collect the pictures
+    #[command(subcommand)]
+    Batch(BatchDo),
     /// Ask an admin port whether its process takes work: exit code 0 if so, 4 if not
     Ready {
         /// Address of the admin port, HOST:PORT.
@@ -206,6 +209,71 @@ pub(crate) struct Image {
     pub(crate) output: PathBuf,
 }
 
+/// Commands on batches.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BatchDo {
+    /// Submit a file of prompts and collect the pictures; the same file again goes on where it was interrupted
+    Submit(BatchSubmit),
+    /// Collect the pictures of a batch, also while it runs
+    Fetch(BatchFetch),
+    /// Show a batch
+    Show(Batch),
+    /// Stop a batch
+    Cancel(Batch),
+}
+
+/// `efferent batch submit`.
+#[derive(Debug, Args)]
+pub(crate) struct BatchSubmit {
+    /// One item a line, - for stdin: the prompt itself, or a JSON object with "prompt" and, as wanted, "negative_prompt", "model", "size"
+    /// ("96x96"), "steps", "guidance_scale", "seed", "image_count", "format" (png, jpeg, webp), "sampler".
+    pub(crate) file: PathBuf,
+    /// Folder for pictures (named after the item's number, from 000000) and results.jsonl, which has a line for each item that ended.
+    #[arg(short, long, value_name = "FOLDER", default_value = "results")]
+    pub(crate) output: PathBuf,
+    /// Name to show. Default: the file's.
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Refuse the batch if any item is at fault. Otherwise the others are drawn.
+    #[arg(long)]
+    pub(crate) all_or_nothing: bool,
+    /// The same key with the same items is the same batch. Up to 128 bytes. Default: made of the file's contents.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) key: Option<String>,
+    /// Make a new batch even if the same file was submitted before.
+    #[arg(long, conflicts_with = "key")]
+    pub(crate) again: bool,
+    /// Submit, print the batch's id, and leave.
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// Print the batch as JSON at the end.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `efferent batch fetch`.
+#[derive(Debug, Args)]
+pub(crate) struct BatchFetch {
+    /// The batch's id.
+    pub(crate) batch: String,
+    /// Folder for pictures and results.jsonl.
+    #[arg(short, long, value_name = "FOLDER", default_value = "results")]
+    pub(crate) output: PathBuf,
+    /// Print the batch as JSON at the end.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Commands on a batch.
+#[derive(Debug, Args)]
+pub(crate) struct Batch {
+    /// The batch's id.
+    pub(crate) batch: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// File formats by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
@@ -266,7 +334,8 @@ impl LaneName {
     }
 }
 
-fn size(text: &str) -> Result<Size, String> {
+/// `96x64` in pixels.
+pub(crate) fn size(text: &str) -> Result<Size, String> {
     let parts = text.split_once(['x', 'X']).and_then(|(w, h)| Some((w.trim().parse().ok()?, h.trim().parse().ok()?)));
     let (width, height) = parts.ok_or_else(|| "a size is WIDTHxHEIGHT in pixels: 96x96".to_owned())?;
     Ok(Size { width, height })
@@ -275,6 +344,16 @@ fn size(text: &str) -> Result<Size, String> {
 /// The command with the flags of every setting, each where it matters.
 pub(crate) fn command() -> Command {
     let mut command = with_settings(Cli::command(), &[], true);
+    for (name, groups) in [
+        ("submit", [Group::Server, Group::Model].as_slice()),
+        ("fetch", &[Group::Server]),
+        ("show", &[Group::Server]),
+        ("cancel", &[Group::Server]),
+    ] {
+        command = command.mut_subcommand("batch", |batch| {
+            batch.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
+        });
+    }
     for (name, groups) in groups() {
         command = command.mut_subcommand(name, |subcommand| {
             let subcommand = with_settings(subcommand, groups, false);

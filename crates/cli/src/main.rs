@@ -34,7 +34,7 @@ use clap::{ArgMatches, FromArgMatches as _};
 
 use crate::{
     args::{Cli, Do},
-    client::{Server, cluster, files::Plan, follow::Follow, generate, jobs, progress::Progress},
+    client::{Server, batch, cluster, files::Plan, follow::Follow, generate, jobs, progress::Progress},
     exit::{Exit, Failure},
     settings::Settings,
 };
@@ -114,6 +114,10 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         Do::Job(args) => jobs::show(server()?, args).await,
         Do::Cancel(args) => jobs::cancel(server()?, args).await,
         Do::Image(args) => jobs::image(server()?, args).await,
+        Do::Batch(args::BatchDo::Submit(args)) => batch::submit(server()?, args, &settings.client.model).await,
+        Do::Batch(args::BatchDo::Fetch(args)) => batch::fetch(server()?, args).await,
+        Do::Batch(args::BatchDo::Show(args)) => batch::show(server()?, args).await,
+        Do::Batch(args::BatchDo::Cancel(args)) => batch::cancel(server()?, args).await,
         other => Err(Failure::words(Exit::Failed, format!("{other:?} has no place here"))),
     }
 }
@@ -143,6 +147,9 @@ fn wants_json(command: &Do) -> bool {
         Do::Workers(args) | Do::Status(args) => args.json,
         Do::Watch(args) => args.json,
         Do::Job(args) | Do::Cancel(args) => args.json,
+        Do::Batch(args::BatchDo::Submit(args)) => args.json,
+        Do::Batch(args::BatchDo::Fetch(args)) => args.json,
+        Do::Batch(args::BatchDo::Show(args) | args::BatchDo::Cancel(args)) => args.json,
         _ => false,
     }
 }

@@ -12,7 +12,7 @@ use efferent_proto::{
 use serde_json::{Map, Value, json};
 
 /// `ACCEPTED` of `JOB_STATE_ACCEPTED`, in lower case.
-fn short(name: &str, prefix: &str) -> String {
+pub(crate) fn short(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_lowercase()
 }
 
@@ -31,11 +31,13 @@ pub(crate) fn role(role: WorkerRole) -> String {
     short(role.as_str_name(), "WORKER_ROLE_")
 }
 
-fn format(format: ImageFormat) -> String {
+/// A file format in a word.
+pub(crate) fn format(format: ImageFormat) -> String {
     short(format.as_str_name(), "IMAGE_FORMAT_")
 }
 
-fn ms(timestamp: Option<&prost_types::Timestamp>) -> Option<i64> {
+/// Milliseconds since 1970.
+pub(crate) fn ms(timestamp: Option<&prost_types::Timestamp>) -> Option<i64> {
     timestamp.map(|timestamp| time::unix_ms(time::system_time(timestamp)))
 }
 

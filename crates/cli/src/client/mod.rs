@@ -1,9 +1,10 @@
 //! Asking a coordinator.
 //!
 //! Read in this order: this file (where coordinators are), [`follow`] (a job's events, whatever breaks on the way), [`generate`]
-//! (`efferent generate`), [`files`] (where pictures go), [`progress`] (what a person sees meanwhile), [`jobs`] and [`cluster`] (the
-//! small commands), [`json`] (what scripts see), [`ready`] (asking an admin port).
+//! (`efferent generate`), [`files`] (where pictures go), [`progress`] (what a person sees meanwhile), [`batch`]
+//! (many prompts from a file), [`jobs`] and [`cluster`] (the small commands), [`json`] (what scripts see), [`ready`] (asking an admin port).
 
+pub(crate) mod batch;
 pub(crate) mod cluster;
 pub(crate) mod files;
 pub(crate) mod follow;

@@ -1,0 +1,468 @@
+//! `efferent batch`: many prompts from a file, pictures and a list of results into a folder.
+//!
+//! The folder is the memory: what its `results.jsonl` names is not fetched again, so a collection that was interrupted goes on.
+
+use std::{
+    collections::BTreeSet,
+    fs::{File, OpenOptions},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use efferent_proto::{
+    names,
+    v1::{
+        Batch, BatchHeader, BatchItem, BatchItems, BatchState, CancelBatchRequest, GenerateRequest, GetBatchRequest,
+        GetImageRequest, ItemState, ListBatchResultsRequest, SubmitBatchRequest, SubmitBatchResponse,
+        WatchBatchRequest, batch_service_client::BatchServiceClient, submit_batch_request::Part,
+    },
+};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::signal::ctrl_c;
+use tonic::{Code, Status, transport::Channel};
+
+use crate::{
+    args::{self, Format},
+    client::{Server, files, images, json},
+    exit::{Exit, Failure},
+    output,
+};
+
+/// Items of one message: below gRPC's usual limit of 4 MiB even if each is as long as allowed.
+const ITEMS: usize = 256;
+/// How often a server that does not answer is asked again, a second apart.
+const ATTEMPTS: u32 = 60;
+/// Faults of a file that are told.
+const MAX_TOLD: usize = 10;
+/// The list of results.
+const RESULTS: &str = "results.jsonl";
+
+/// A line of the file of prompts.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Line {
+    prompt: String,
+    negative_prompt: String,
+    model: String,
+    size: Option<String>,
+    steps: Option<u32>,
+    guidance_scale: Option<f32>,
+    seed: Option<u64>,
+    image_count: Option<u32>,
+    format: Option<String>,
+    sampler: String,
+}
+
+/// A line's request: a JSON object, or else the line is the prompt.
+fn item(line: &str, model: &str) -> Result<GenerateRequest, String> {
+    let line = match line.trim_start().starts_with('{') {
+        true => serde_json::from_str::<Line>(line).map_err(|error| error.to_string())?,
+        false => Line { prompt: line.trim().to_owned(), ..Line::default() },
+    };
+    let mut request = GenerateRequest {
+        prompt: line.prompt,
+        negative_prompt: line.negative_prompt,
+        model: if line.model.is_empty() { model.to_owned() } else { line.model },
+        size: line.size.as_deref().map(args::size).transpose()?,
+        steps: line.steps,
+        guidance_scale: line.guidance_scale,
+        seed: line.seed,
+        image_count: line.image_count,
+        sampler: line.sampler,
+        ..GenerateRequest::default()
+    };
+    let format = line.format.as_deref().unwrap_or("png");
+    let known = Format::of_extension(format).ok_or_else(|| format!("format {format:?} is none of png, jpeg, webp"))?;
+    request.set_format(known.proto());
+    Ok(request)
+}
+
+fn client(channel: Channel) -> BatchServiceClient<Channel> {
+    BatchServiceClient::new(channel).max_decoding_message_size(super::MAX_MESSAGE)
+}
+
+/// Submits a file, and collects what comes of it unless it shall only be submitted.
+///
+/// # Errors
+/// If the file or the batch is refused, or as [`fetch`].
+pub(crate) async fn submit(mut server: Server, args: &args::BatchSubmit, model: &str) -> Result<(), Failure> {
+    let name = args.file.display().to_string();
+    let text = read(&args.file)?;
+    let mut faults = Vec::new();
+    let mut items = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        match item(line, model) {
+            Ok(item) => items.push(item),
+            Err(error) => faults.push(format!("{name}:{}: {error}", number + 1)),
+        }
+    }
+    if !faults.is_empty() {
+        let more = faults.len().saturating_sub(MAX_TOLD);
+        faults.truncate(MAX_TOLD);
+        let more = if more > 0 { format!("\nand {more} more") } else { String::new() };
+        return Err(Failure::words(Exit::Usage, format!("{}{more}", faults.join("\n"))));
+    }
+    // Of the text itself: the same file again is the same batch.
+    let key = match (&args.key, args.again) {
+        (Some(key), _) => key.clone(),
+        (None, true) => format!("cli-{}", names::new_job_id()),
+        (None, false) => format!("cli-{}", blake3::hash(text.as_bytes()).to_hex()),
+    };
+    let header = BatchHeader {
+        idempotency_key: key,
+        name: args.name.clone().unwrap_or(name),
+        all_or_nothing: args.all_or_nothing,
+    };
+    let answer = send(&mut server, &header, &items).await?;
+    for fault in answer.errors.iter().take(MAX_TOLD) {
+        let message = fault.error.as_ref().map(|error| error.message.as_str()).unwrap_or_default();
+        output::note(format_args!("item {}: {message}", fault.index));
+    }
+    let batch = answer.batch.unwrap_or_default();
+    let known = if answer.existing { ", submitted before" } else { "" };
+    output::note(format_args!("batch {}: {} items{known}", batch.batch_id, batch.item_count));
+    if args.detach {
+        return match args.json {
+            true => output::line(batch_json(&batch)),
+            false => output::line(&batch.batch_id),
+        };
+    }
+    collect(server, &batch.batch_id, &args.output, args.json).await
+}
+
+fn read(path: &Path) -> Result<String, Failure> {
+    let mut text = String::new();
+    let read = match path == Path::new("-") {
+        true => std::io::stdin().lock().read_to_string(&mut text),
+        false => File::open(path).and_then(|mut file| file.read_to_string(&mut text)),
+    };
+    let context = |error| anyhow::Error::new(error).context(format!("cannot read {}", path.display()));
+    read.map_err(|error| Failure::new(Exit::File, context(error)))?;
+    Ok(text)
+}
+
+/// Sends a batch; again, whole, if the server goes away meanwhile.
+async fn send(
+    server: &mut Server,
+    header: &BatchHeader,
+    items: &[GenerateRequest],
+) -> Result<SubmitBatchResponse, Failure> {
+    let mut attempts = 0;
+    loop {
+        let header = SubmitBatchRequest { part: Some(Part::Header(header.clone())) };
+        let parts: Vec<_> = items
+            .chunks(ITEMS)
+            .map(|items| SubmitBatchRequest { part: Some(Part::Items(BatchItems { items: items.to_vec() })) })
+            .collect();
+        let parts = tokio_stream::iter(std::iter::once(header).chain(parts));
+        match client(server.connect().await?).submit_batch(parts).await {
+            Ok(answer) => return Ok(answer.into_inner()),
+            Err(status) => again(server, &status, &mut attempts).await?,
+        }
+    }
+}
+
+/// Waits before another attempt, if the failure is one of those that pass.
+async fn again(server: &mut Server, status: &Status, attempts: &mut u32) -> Result<(), Failure> {
+    *attempts += 1;
+    if !matches!(status.code(), Code::Unavailable | Code::Unknown | Code::Cancelled) || *attempts >= ATTEMPTS {
+        return Err(Failure::status(status));
+    }
+    server.turn_away();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    Ok(())
+}
+
+/// Collects a batch's results, also while it runs.
+///
+/// # Errors
+/// If it is unknown, some of its items failed, a file cannot be written, or Ctrl-C is pressed (the batch goes on).
+pub(crate) async fn fetch(server: Server, args: &args::BatchFetch) -> Result<(), Failure> {
+    collect(server, &args.batch, &args.output, args.json).await
+}
+
+async fn collect(mut server: Server, id: &str, folder: &Path, json: bool) -> Result<(), Failure> {
+    let mut results = Results::open(folder, id)?;
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
+    let shape = "{bar:30} {pos}/{len} {msg} {elapsed}, {eta} left";
+    bar.set_style(ProgressStyle::with_template(shape).unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let mut attempts = 0;
+    let batch = loop {
+        let outcome = tokio::select! {
+            outcome = follow(&mut server, id, &mut results, &bar) => outcome,
+            _ = ctrl_c() => {
+                bar.finish_and_clear();
+                let rest = format!("efferent batch fetch {id} -o {}", folder.display());
+                return Err(Failure::words(Exit::Interrupted, format!("interrupted; the batch goes on, and `{rest}` collects the rest")));
+            }
+        };
+        match outcome {
+            Ok(batch) => break batch,
+            Err(Broken::Server(status)) => again(&mut server, &status, &mut attempts).await?,
+            Err(Broken::Here(failure)) => return Err(failure),
+        }
+    };
+    bar.finish_and_clear();
+    if json {
+        output::line(batch_json(&batch))?;
+    } else {
+        output::line(results.path.display())?;
+    }
+    match batch.item_count - batch.succeeded {
+        0 => Ok(()),
+        _ if batch.state() == BatchState::Cancelled => {
+            Err(Failure::words(Exit::Cancelled, format!("batch {id} was cancelled: {}", sums(&batch))))
+        }
+        _ => Err(Failure::words(Exit::Failed, format!("batch {id}: {}", sums(&batch)))),
+    }
+}
+
+/// Why following stopped.
+enum Broken {
+    Server(Status),
+    Here(Failure),
+}
+
+impl From<Status> for Broken {
+    fn from(status: Status) -> Self {
+        Self::Server(status)
+    }
+}
+
+impl From<Failure> for Broken {
+    fn from(failure: Failure) -> Self {
+        Self::Here(failure)
+    }
+}
+
+/// Follows a batch to its end and fetches what has ended meanwhile.
+async fn follow(server: &mut Server, id: &str, results: &mut Results, bar: &ProgressBar) -> Result<Batch, Broken> {
+    let channel = server.connect().await?;
+    let mut batches = client(channel.clone());
+    let mut states = batches.watch_batch(WatchBatchRequest { batch_id: id.to_owned() }).await?.into_inner();
+    let mut last = None;
+    while let Some(batch) = states.message().await? {
+        bar.set_length(batch.item_count);
+        bar.set_message(format!("{} running, {} failed", batch.running, batch.failed));
+        let wanted = [ItemState::Succeeded, ItemState::Failed, ItemState::Cancelled].map(|state| state as i32);
+        let request = ListBatchResultsRequest {
+            batch_id: id.to_owned(),
+            start: results.first_missing(),
+            states: wanted.to_vec(),
+        };
+        let mut items = batches.list_batch_results(request).await?.into_inner();
+        while let Some(item) = items.message().await? {
+            if !results.has(item.index) {
+                let paths = pictures(&channel, &item, results).await?;
+                results.add(&item, &paths)?;
+            }
+            bar.set_position(results.count());
+        }
+        last = Some(batch);
+    }
+    last.ok_or_else(|| Broken::Server(Status::unavailable("the batch's states ended without any")))
+}
+
+/// Fetches an item's pictures into files.
+async fn pictures(channel: &Channel, item: &BatchItem, results: &Results) -> Result<Vec<PathBuf>, Broken> {
+    let mut paths = Vec::new();
+    for image in &item.images {
+        let request = GetImageRequest { job_id: item.job_id.clone(), image_index: image.image_index };
+        let mut chunks = images(channel.clone()).get_image(request).await?.into_inner();
+        let mut data = Vec::new();
+        while let Some(chunk) = chunks.message().await? {
+            data.extend_from_slice(&chunk.data);
+        }
+        let extension = json::format(image.format()).replace("jpeg", "jpg");
+        let number = if item.images.len() > 1 { format!("-{}", image.image_index + 1) } else { String::new() };
+        let path = results.folder.join(format!("{:06}{number}.{extension}", item.index));
+        files::write(&path, &data)?;
+        paths.push(path);
+    }
+    Ok(paths)
+}
+
+/// The folder of results.
+struct Results {
+    id: String,
+    folder: PathBuf,
+    path: PathBuf,
+    file: File,
+    written: BTreeSet<u64>,
+    /// Every item below it is written.
+    first_missing: u64,
+}
+
+impl Results {
+    fn open(folder: &Path, id: &str) -> Result<Self, Failure> {
+        let path = folder.join(RESULTS);
+        let wrong = |error: std::io::Error| {
+            Failure::new(Exit::File, anyhow::Error::new(error).context(format!("cannot use {}", path.display())))
+        };
+        std::fs::create_dir_all(folder).map_err(wrong)?;
+        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(wrong)?;
+        let mut written = BTreeSet::new();
+        let mut whole = true;
+        for line in BufReader::new(&file).split(b'\n') {
+            // The last line may have been cut off.
+            let Ok(value) = serde_json::from_slice::<Value>(&line.map_err(wrong)?) else {
+                whole = false;
+                continue;
+            };
+            if value["batch_id"] != id {
+                let message = format!("{} belongs to another batch, {}", path.display(), value["batch_id"]);
+                return Err(Failure::words(Exit::Usage, message));
+            }
+            written.extend(value["index"].as_u64());
+        }
+        if !whole {
+            file.write_all(b"\n").map_err(wrong)?;
+        }
+        let mut results = Self { id: id.to_owned(), folder: folder.to_owned(), path, file, written, first_missing: 0 };
+        results.advance();
+        Ok(results)
+    }
+
+    fn advance(&mut self) {
+        while self.written.remove(&self.first_missing) {
+            self.first_missing += 1;
+        }
+    }
+
+    fn first_missing(&self) -> u64 {
+        self.first_missing
+    }
+
+    fn has(&self, index: u64) -> bool {
+        index < self.first_missing || self.written.contains(&index)
+    }
+
+    fn count(&self) -> u64 {
+        self.first_missing + self.written.len() as u64
+    }
+
+    /// Writes an item down, after its pictures.
+    fn add(&mut self, item: &BatchItem, paths: &[PathBuf]) -> Result<(), Failure> {
+        let files = paths.iter().filter_map(|path| path.file_name()).map(|name| name.to_string_lossy());
+        let images: Vec<_> = item
+            .images
+            .iter()
+            .zip(files)
+            .map(|(image, file)| {
+                let mut value = json::image(image);
+                value["file"] = json!(file);
+                value
+            })
+            .collect();
+        let request = item.request.clone().unwrap_or_default();
+        let line = json!({
+            "batch_id": self.id,
+            "index": item.index,
+            "state": item_state(item.state()),
+            "prompt": request.prompt,
+            "job_id": item.job_id,
+            "images": images,
+            "error": item.error.as_ref().map(json::error),
+        });
+        let written = self.file.write_all(format!("{line}\n").as_bytes());
+        let context = |error| anyhow::Error::new(error).context(format!("cannot write {}", self.path.display()));
+        written.map_err(|error| Failure::new(Exit::File, context(error)))?;
+        self.written.insert(item.index);
+        self.advance();
+        Ok(())
+    }
+}
+
+fn item_state(state: ItemState) -> String {
+    json::short(state.as_str_name(), "ITEM_STATE_")
+}
+
+fn sums(batch: &Batch) -> String {
+    let Batch { item_count, succeeded, failed, cancelled, .. } = batch;
+    format!("{succeeded} of {item_count} succeeded, {failed} failed, {cancelled} cancelled")
+}
+
+fn batch_json(batch: &Batch) -> Value {
+    json!({
+        "batch_id": batch.batch_id,
+        "name": batch.name,
+        "state": json::short(batch.state().as_str_name(), "BATCH_STATE_"),
+        "item_count": batch.item_count,
+        "running": batch.running,
+        "succeeded": batch.succeeded,
+        "failed": batch.failed,
+        "cancelled": batch.cancelled,
+        "created_at_ms": json::ms(batch.created_at.as_ref()),
+        "finished_at_ms": json::ms(batch.finished_at.as_ref()),
+    })
+}
+
+/// Prints a batch.
+///
+/// # Errors
+/// If it is unknown.
+pub(crate) async fn show(mut server: Server, args: &args::Batch) -> Result<(), Failure> {
+    let request = GetBatchRequest { batch_id: args.batch.clone() };
+    let answer = client(server.connect().await?).get_batch(request).await;
+    print(&answer.map_err(|status| Failure::status(&status))?.into_inner(), args.json)
+}
+
+/// Cancels a batch.
+///
+/// # Errors
+/// If it is unknown or has ended.
+pub(crate) async fn cancel(mut server: Server, args: &args::Batch) -> Result<(), Failure> {
+    let request = CancelBatchRequest { batch_id: args.batch.clone() };
+    let answer = client(server.connect().await?).cancel_batch(request).await;
+    print(&answer.map_err(|status| Failure::status(&status))?.into_inner(), args.json)
+}
+
+fn print(batch: &Batch, json: bool) -> Result<(), Failure> {
+    if json {
+        return output::line(batch_json(batch));
+    }
+    let state = json::short(batch.state().as_str_name(), "BATCH_STATE_");
+    output::line(format_args!("{}  {state}  {} running, {}", batch.batch_id, batch.running, sums(batch)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_prompts_or_objects() {
+        let plain = item("  a red apple ", "m").unwrap();
+        assert_eq!((plain.prompt.as_str(), plain.model.as_str()), ("a red apple", "m"));
+        let full = item(r#"{"prompt": "x", "size": "96x64", "seed": 7, "format": "webp", "model": "n"}"#, "m").unwrap();
+        assert_eq!((full.seed, full.model.as_str(), full.size.unwrap().height), (Some(7), "n", 64));
+        for bad in [r#"{"prompt""#, r#"{"promt": "x"}"#, r#"{"prompt": "x", "size": "96"}"#, r#"{"format": "gif"}"#] {
+            assert!(item(bad, "").is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_folder_remembers_what_it_has_of_its_batch() {
+        let folder = tempfile::tempdir().unwrap();
+        let add = |results: &mut Results, index| {
+            results.add(&BatchItem { index, ..BatchItem::default() }, &[]).unwrap();
+        };
+        let mut results = Results::open(folder.path(), "one").unwrap();
+        for index in [0, 1, 3] {
+            add(&mut results, index);
+        }
+        assert_eq!((results.first_missing(), results.count(), results.has(2), results.has(3)), (2, 3, false, true));
+        drop(results);
+        // Cut off while a line was written.
+        OpenOptions::new().append(true).open(folder.path().join(RESULTS)).unwrap().write_all(b"{\"index\": 2").unwrap();
+        let mut results = Results::open(folder.path(), "one").unwrap();
+        assert_eq!((results.first_missing(), results.count()), (2, 3));
+        add(&mut results, 2);
+        drop(results);
+        assert_eq!(Results::open(folder.path(), "one").unwrap().first_missing(), 4);
+        assert!(Results::open(folder.path(), "two").is_err());
+    }
+}
