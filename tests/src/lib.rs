@@ -1,10 +1,12 @@
 //! Harness of the tests that need several parts at once.
 //!
 //! [`local`]: coordinators and workers with simulated engines in this process, on the embedded queue: quick, and every part can be reached.
-//! [`processes`]: the `efferent` binary and nats-server as processes, which can be killed. [`calls`]: what tests do with a coordinator.
+//! [`processes`]: the `efferent` binary and nats-server as processes, which can be killed. [`calls`] and [`batches`]: what tests do with
+//! a coordinator.
 
 #![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a harness fails by panicking")]
 
+pub mod batches;
 pub mod calls;
 pub mod local;
 pub mod processes;

@@ -1,4 +1,4 @@
-//! Batches from submission to results on the embedded queue, with simulated engines.
+//! Batches from submission to results, with simulated engines: on the embedded queue, and over nats-server with `kill -9` of each process.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -6,78 +6,24 @@ use efferent_bus::ledger::Options;
 use efferent_proto::{
     ApiError,
     v1::{
-        Batch, BatchHeader, BatchItem, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest,
-        GetBatchRequest, ItemState, ListBatchResultsRequest, SubmitBatchRequest, SubmitBatchResponse,
-        WatchBatchRequest, batch_service_client::BatchServiceClient, submit_batch_request::Part,
+        BatchHeader, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GetBatchRequest, ItemState,
+        SubmitBatchRequest, SubmitBatchResponse, submit_batch_request::Part,
     },
 };
 use efferent_tests::{
-    calls::{PATIENCE, generate, kind, request},
-    local::{Cluster, Coordinator},
+    batches::{Client, end, id, items, key, results, submit},
+    calls::{generate, kind, request},
+    local::Cluster,
+    processes,
 };
-use tokio_stream::StreamExt as _;
-use tonic::{Status, transport::Channel};
-
-type Client = BatchServiceClient<Channel>;
-
-async fn client(coordinator: &Coordinator) -> Client {
-    Client::new(coordinator.channel().await)
-}
-
-fn items(count: usize) -> Vec<GenerateRequest> {
-    let item = |index: usize| GenerateRequest { seed: Some(index as u64), steps: Some(1), ..request("a cat") };
-    (0..count).map(item).collect()
-}
-
-async fn submit(
-    client: &mut Client,
-    header: BatchHeader,
-    items: &[GenerateRequest],
-) -> Result<SubmitBatchResponse, Status> {
-    let header = SubmitBatchRequest { part: Some(Part::Header(header)) };
-    let chunks: Vec<_> = items
-        .chunks(100)
-        .map(|items| SubmitBatchRequest { part: Some(Part::Items(BatchItems { items: items.to_vec() })) })
-        .collect();
-    let parts = std::iter::once(header).chain(chunks);
-    client.submit_batch(tokio_stream::iter(parts.collect::<Vec<_>>())).await.map(tonic::Response::into_inner)
-}
-
-fn key(key: &str) -> BatchHeader {
-    BatchHeader { idempotency_key: key.to_owned(), name: "a test".to_owned(), all_or_nothing: false }
-}
-
-fn id(answer: &SubmitBatchResponse) -> String {
-    answer.batch.as_ref().expect("a batch").batch_id.clone()
-}
-
-/// Waits for the end of a batch.
-async fn end(client: &mut Client, batch_id: &str) -> Batch {
-    let watch = async {
-        let request = WatchBatchRequest { batch_id: batch_id.to_owned() };
-        let mut states = client.watch_batch(request).await.expect("the batch is known").into_inner();
-        let mut last = None;
-        while let Some(batch) = states.next().await {
-            last = Some(batch.expect("the stream has no error"));
-        }
-        last.expect("a state")
-    };
-    tokio::time::timeout(PATIENCE, watch).await.expect("the batch ends in time")
-}
-
-async fn results(client: &mut Client, batch_id: &str, start: u64, states: &[ItemState]) -> Vec<BatchItem> {
-    let states = states.iter().map(|state| *state as i32).collect();
-    let request = ListBatchResultsRequest { batch_id: batch_id.to_owned(), start, states };
-    let stream = client.list_batch_results(request).await.expect("the batch is known").into_inner();
-    stream.map(|item| item.expect("the stream has no error")).collect().await
-}
+use tonic::Status;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_item_ends_once_and_is_listed_in_order() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;
     let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
-    let mut client = client(&coordinator).await;
+    let mut client = Client::new(coordinator.channel().await);
     let mut wanted = items(600);
     wanted[7].prompt = " ".to_owned();
     wanted[599].steps = Some(9999);
@@ -112,7 +58,7 @@ async fn a_submission_can_be_sent_again() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;
     let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
-    let mut client = client(&coordinator).await;
+    let mut client = Client::new(coordinator.channel().await);
     let wanted = items(700);
     // Cut off after the first chunk.
     let header = SubmitBatchRequest { part: Some(Part::Header(key("again"))) };
@@ -142,7 +88,7 @@ async fn what_cannot_be_a_batch_is_refused() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;
     let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
-    let mut client = client(&coordinator).await;
+    let mut client = Client::new(coordinator.channel().await);
     let code = |outcome: Result<SubmitBatchResponse, Status>| {
         let error = ApiError::from(&outcome.expect_err("it is refused"));
         (error.code, error.field)
@@ -169,7 +115,7 @@ async fn a_cancelled_batch_stops() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;
     let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::from_millis(20)).await);
-    let mut client = client(&coordinator).await;
+    let mut client = Client::new(coordinator.channel().await);
     let answer = submit(&mut client, key(""), &items(1000)).await.expect("the batch is accepted");
     let request = CancelBatchRequest { batch_id: id(&answer) };
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -188,7 +134,7 @@ async fn another_coordinator_goes_on_and_interactive_requests_go_first() {
     let cluster = Cluster::with(Options { lease: Duration::from_secs(2), ..Options::default() }).await;
     let (first, second) = (cluster.coordinator().await, cluster.coordinator().await);
     let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::from_millis(5)).await);
-    let mut client = client(&first).await;
+    let mut client = Client::new(first.channel().await);
     let answer = submit(&mut client, key(""), &items(500)).await.expect("the batch is accepted");
     tokio::time::sleep(Duration::from_millis(300)).await;
     let mut images = second.client().await;
@@ -202,4 +148,42 @@ async fn another_coordinator_goes_on_and_interactive_requests_go_first() {
     first.service.stop().await;
     let batch = end(&mut elsewhere, &id(&answer)).await;
     assert_eq!((batch.state(), batch.succeeded), (BatchState::Ended, 500));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_outlives_whoever_dies() {
+    let mut cluster = processes::Cluster::start(&[
+        ("EFFERENT_MODEL", "sim"),
+        ("EFFERENT_LEDGER__LEASE", "2s"),
+        ("EFFERENT_SIM__STEP", "10ms"),
+    ]);
+    let (brain, _) = cluster.role("brain", &[]);
+    let (hand, _) = cluster.role("hand", &[]);
+    let _other_hand = cluster.role("hand", &[]);
+    let (coordinator, url) = cluster.coordinator();
+    let mut client = Client::connect(url).await.expect("it listens");
+    let answer = submit(&mut client, key("all"), &items(600)).await.expect("the batch is accepted");
+    let pause = || tokio::time::sleep(Duration::from_millis(400));
+    pause().await;
+    hand.kill();
+    pause().await;
+    coordinator.kill();
+    let (_second, url) = cluster.coordinator();
+    brain.kill();
+    let _second_brain = cluster.role("brain", &[]);
+    pause().await;
+    cluster.kill_server();
+    pause().await;
+    cluster.start_server();
+    // Its stream breaks if the coordinator cannot read for long; a client asks again.
+    let mut client = Client::connect(url).await.expect("it listens");
+    let batch = end(&mut client, &id(&answer)).await;
+    assert_eq!((batch.state(), batch.succeeded, batch.failed), (BatchState::Ended, 600, 0), "{}", cluster.log());
+    let all = results(&mut client, &batch.batch_id, 0, &[ItemState::Succeeded]).await;
+    assert_eq!(all.iter().map(|item| item.index).collect::<Vec<_>>(), (0..600).collect::<Vec<_>>());
+    assert!(all.iter().all(|item| item.images.len() == 1 && item.images[0].seed == item.index));
+    // Submitted again, nothing is drawn again.
+    let again = submit(&mut client, key("all"), &items(600)).await.expect("it is known");
+    assert!(again.existing);
+    assert_eq!(again.batch.expect("a batch").succeeded, 600);
 }
