@@ -16,6 +16,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
+    nn::rows::by_row,
     pipeline::Pipeline,
     signal,
     weights::Weights,
@@ -123,11 +124,11 @@ impl Pictogram {
         let rows = |x: Tensor| x.flatten_from(1)?.to_vec2::<f32>();
         // All samples of a batch are guided, or none is: their keys say so.
         if !states.iter().any(|state| is_guided(state.guidance_scale)) {
-            return rows(self.network.forward(&z, &t, &control)?);
+            return rows(self.forward(&z, &t, &control)?);
         }
         let null = self.network.null().unsqueeze(0)?.expand(control.shape())?;
         let twice = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
-        let both = self.network.forward(&twice(&z, &z)?, &twice(&t, &t)?, &twice(&control, &null)?)?;
+        let both = self.forward(&twice(&z, &z)?, &twice(&t, &t)?, &twice(&control, &null)?)?;
         let conditional = rows(both.narrow(0, 0, count)?)?;
         let unconditional = rows(both.narrow(0, count, count)?)?;
         let guided = |((state, mut c), u): ((&&State, Vec<f32>), Vec<f32>)| {
@@ -135,6 +136,10 @@ impl Pictogram {
             c
         };
         Ok(states.iter().zip(conditional).zip(unconditional).map(guided).collect())
+    }
+
+    fn forward(&self, z: &Tensor, times: &Tensor, control: &Tensor) -> candle_core::Result<Tensor> {
+        by_row(&[z, times, control], |row| self.network.forward(&row[0], &row[1], &row[2]))
     }
 
     fn advance(&self, batch: &mut [(&mut State, usize)]) -> candle_core::Result<()> {
