@@ -2,12 +2,13 @@
 
 use candle_core::{D, Result, Tensor};
 
+use super::product::product;
 use crate::weights::Weights;
 
 /// `x W^T + b`.
 #[derive(Debug, Clone)]
 pub struct Linear {
-    /// (out, in)
+    /// (in, out): the order in which a product reads it
     weight: Tensor,
     /// (out)
     bias: Option<Tensor>,
@@ -16,7 +17,8 @@ pub struct Linear {
 impl Linear {
     /// Without bias: takes `{name}.weight`.
     pub fn new(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Self {
-        Self { weight: weights.get(&format!("{name}.weight"), &[outputs, inputs]), bias: None }
+        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs]);
+        Self { weight: transposed(weight), bias: None }
     }
 
     /// With bias: takes `{name}.weight` and `{name}.bias`.
@@ -32,7 +34,7 @@ impl Linear {
     /// Never on weights of that shape.
     pub fn of_convolution(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, 1, 1]).reshape((outputs, inputs))?;
-        Ok(Self { weight, bias: Some(weights.get(&format!("{name}.bias"), &[outputs])) })
+        Ok(Self { weight: transposed(weight), bias: Some(weights.get(&format!("{name}.bias"), &[outputs])) })
     }
 
     /// (.., in) -> (.., out)
@@ -44,13 +46,19 @@ impl Linear {
         let inputs = x.dim(D::Minus1)?;
         let rows = x.elem_count() / inputs.max(1);
         // One product of matrices, whatever the axes in front.
-        let y = x.reshape((rows, inputs))?.matmul(&self.weight.t()?)?;
+        let y = product(&x.reshape((rows, inputs))?, &self.weight)?;
         if let Some(last) = shape.last_mut() {
-            *last = self.weight.dim(0)?;
+            *last = self.weight.dim(1)?;
         }
         match &self.bias {
             Some(bias) => y.broadcast_add(bias)?.reshape(shape),
             None => y.reshape(shape),
         }
     }
+}
+
+/// (out, in) -> (in, out). What stands in for a missing tensor has no values of its own and is given none: its size may be absurd.
+fn transposed(weight: Tensor) -> Tensor {
+    let turned = weight.t().expect("a matrix can be turned");
+    if weight.is_contiguous() { turned.contiguous().expect("values can be copied") } else { turned }
 }
