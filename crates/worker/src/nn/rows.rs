@@ -1,4 +1,4 @@
-//! A batch's rows side by side, each on a thread of its own.
+//! Threads: a batch's rows side by side, each on a thread of its own ([`by_row`]), or all threads for one computation ([`on_pool`]).
 //!
 //! A small network gains little from threads inside each of its products: they cost more to wake than they save. Rows do not need one another, so
 //! on CPU each is computed alone by one thread. A row's values then do not depend on what else is in the batch, to the bit.
@@ -13,6 +13,11 @@ static LONE: LazyLock<Vec<ThreadPool>> = LazyLock::new(|| {
     let pool = |index: usize| ThreadPoolBuilder::new().num_threads(1).thread_name(move |_| format!("row-{index}"));
     (0..rayon::current_num_threads()).filter_map(|index| pool(index).build().ok()).collect()
 });
+
+/// Computes on a thread of the pool: each operation in it that shares out its work then need not wake the pool from outside.
+pub fn on_pool<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| work())
+}
 
 /// `forward` of tensors that share their first axis, row by row on CPU, at once elsewhere. Each row keeps its axis, of length 1.
 ///

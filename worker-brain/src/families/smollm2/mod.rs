@@ -13,6 +13,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
+    nn::rows::on_pool,
     signal,
     weights::{Gguf, Weights},
 };
@@ -164,7 +165,7 @@ impl Brain for SmolLm2 {
         let good: Vec<Vec<u32>> = rows.iter().filter_map(|row| row.as_ref().ok().cloned()).collect();
         let mut signals = match good.is_empty() {
             true => Vec::new(),
-            false => match self.control(&good) {
+            false => match on_pool(|| self.control(&good)) {
                 Ok(control) => (0..good.len()).map(|i| Ok(self.signal(&control.get(i)?)?)).collect(),
                 Err(error) => {
                     // Out of memory for all need not mean out of memory for each.

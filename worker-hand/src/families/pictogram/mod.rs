@@ -16,7 +16,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
-    nn::rows::by_row,
+    nn::rows::{by_row, on_pool},
     pipeline::Pipeline,
     signal,
     weights::Weights,
@@ -178,7 +178,7 @@ impl Pictogram {
             return Err(EngineError::Crashed("the latent is not finite".to_owned()));
         }
         let patches = Tensor::from_slice(latent, (1, PATCHES, PATCH_WIDTH), &self.device)?;
-        let picture = self.decoder.forward(&network::unpatch(&patches)?)?;
+        let picture = on_pool(|| self.decoder.forward(&network::unpatch(&patches)?))?;
         let values = picture.flatten_all()?.to_vec1::<f32>()?;
         let bytes = values.iter().map(|v| ((v.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8).collect();
         RgbImage::from_raw(SIDE, SIDE, bytes)
