@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 PREFIX = "<|im_start|>user\nDraw: "
-# While the hand learns to draw, and afterwards. The second has the model name the thing: asked which of the 80 comes next, it is right for 57 % of
+# While the hand learns to draw, and afterwards. The second has the model name the thing: asked which of the 80 comes next, it is right for 53 % of
 # `evaluate`'s other words for objects, after the first for 28 %.
 PICTURE_SUFFIX, SUFFIX = "\nThe picture shows", " is usually called a"
 LAYERS = 24

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use efferent_bus::{
-    ledger::{self, Ledger, Transition, is_final, job_id},
+    ledger::{self, Ledger, Transition, has_ended, is_final, job_id},
     read_object,
 };
 use efferent_proto::{
@@ -133,7 +133,7 @@ impl Follower {
             return Ok(true);
         };
         let record = expire(&self.ledger, record).await.map_err(Stop::Bus)?;
-        let ended = record.job.as_ref().is_some_and(|job| is_final(job.state()));
+        let ended = has_ended(&record);
         self.tell_new(record.log).await?;
         Ok(ended)
     }

@@ -130,7 +130,10 @@ impl Images {
         }
         let events = events.map_err(unavailable)?;
         match self.publish(&record, trace).await {
-            Ok(()) => Ok((id, Some(Tail { record, events }))),
+            Ok(()) => {
+                tracing::info!(job_id = id, trace_id = trace.trace_id, "accepted");
+                Ok((id, Some(Tail { record, events })))
+            }
             Err(error) => Err(self.unmake(&id, error).await),
         }
     }
@@ -177,7 +180,6 @@ impl Images {
         };
         let published = self.ledger.bus().publish(&queue, task).await.map_err(unavailable)?;
         if published == Published::Stored {
-            tracing::info!(job_id = job.job_id, trace_id = trace.trace_id, queue, "accepted");
             self.directory.add_task(&queue);
         }
         Ok(())

@@ -2,12 +2,12 @@
 
 use std::{collections::HashSet, time::Duration};
 
-use efferent_bus::ledger::Options;
+use efferent_bus::{Bucket, ledger::Options};
 use efferent_proto::{
-    ApiError,
+    ApiError, names,
     v1::{
-        BatchHeader, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GetBatchRequest, ItemState,
-        SubmitBatchRequest, SubmitBatchResponse, submit_batch_request::Part,
+        BatchHeader, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest, GetBatchRequest,
+        ItemState, SubmitBatchRequest, SubmitBatchResponse, submit_batch_request::Part,
     },
 };
 use efferent_tests::{
@@ -186,4 +186,34 @@ async fn a_batch_outlives_whoever_dies() {
     let again = submit(&mut client, key("all"), &items(600)).await.expect("it is known");
     assert!(again.existing);
     assert_eq!(again.batch.expect("a batch").succeeded, 600);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_cannot_be_read_does_not_hold_up_others() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let mut client = Client::new(coordinator.channel().await);
+    // Nothing is released without workers: so both are damaged before their first item is read.
+    let mut damaged = Vec::new();
+    for bucket in [None, Some(Bucket::Chunks)] {
+        // Each with items of its own: equal ones are one object.
+        let answer = submit(&mut client, key(""), &items(3 + damaged.len())).await.expect("the batch is accepted");
+        let chunk = names::chunk_key(&id(&answer), 0);
+        match bucket {
+            Some(bucket) => cluster.ledger.bus().delete(bucket, &chunk).await.expect("deletes"),
+            None => {
+                let (record, _) = cluster.ledger.chunk(&id(&answer), 0).await.expect("reads").expect("is there");
+                cluster.ledger.bus().delete_object(&record.items).await.expect("deletes");
+            }
+        }
+        damaged.push(id(&answer));
+    }
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    let others = GenerateRequest { seed: Some(77), ..request("a dog") };
+    let answer = submit(&mut client, key(""), &[others]).await.expect("the batch is accepted");
+    assert_eq!(end(&mut client, &id(&answer)).await.succeeded, 1);
+    for batch_id in damaged {
+        let batch = client.get_batch(GetBatchRequest { batch_id }).await.expect("it is known").into_inner();
+        assert_eq!((batch.state(), batch.succeeded), (BatchState::Running, 0));
+    }
 }

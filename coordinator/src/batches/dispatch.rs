@@ -41,7 +41,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const GATHERED: usize = 256;
 /// Jobs made, read or cancelled at once.
 const AT_ONCE: usize = 16;
-/// Fewest items of one model that are released ahead, and how many for each of a hand's places.
+/// Fewest items that are released ahead, of all batches together, and how many for each place of a live hand.
 const AHEAD: (usize, usize) = (32, 2);
 
 type Result<T, E = efferent_bus::Error> = std::result::Result<T, E>;
@@ -209,6 +209,19 @@ impl Active {
         (self.next < self.batch.item_count).then_some(self.next)
     }
 
+    /// Up to `most` items that waited, as running.
+    async fn take(&mut self, batches: &Batches, most: usize) -> Result<Vec<(u64, GenerateRequest)>> {
+        let mut taken = Vec::new();
+        while taken.len() < most
+            && let Some(index) = self.waiting()
+        {
+            let request = self.request(batches, index).await?;
+            self.set(index, ItemState::Running);
+            taken.push((index, request));
+        }
+        Ok(taken)
+    }
+
     async fn request(&mut self, batches: &Batches, index: u64) -> Result<GenerateRequest> {
         let (chunk, at) = place(index);
         if let Some(before) = chunk.checked_sub(1).and_then(|before| self.chunks.get_mut(before)) {
@@ -255,10 +268,19 @@ async fn search(batches: &Batches, active: &mut HashMap<String, Active>) -> Resu
         let id = batch_id(&record).to_owned();
         if active.get(&id).is_none_or(|known| known.revision != revision) {
             // What was not written yet of one that changed is found again: jobs are the truth.
-            active.insert(id, Active::load(batches, record, revision).await?);
+            match Active::load(batches, record, revision).await {
+                Ok(one) => drop(active.insert(id, one)),
+                Err(error) => put_aside(active, &id, &error),
+            }
         }
     }
     Ok(())
+}
+
+/// A batch that cannot be read now must not keep the others waiting: it is tried again at a later search.
+fn put_aside(active: &mut HashMap<String, Active>, id: &str, error: &efferent_bus::Error) {
+    tracing::warn!(batch_id = id, %error, "a batch cannot be read; the others go on");
+    active.remove(id);
 }
 
 /// Cancels what is to be cancelled, looks at jobs of which nothing is heard, and releases items as far as there is room.
@@ -303,13 +325,13 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>) -> Resul
                 break;
             }
             let share = room.min(AT_ONCE);
-            let mut drafts = Vec::new();
-            for _ in 0..share {
-                let Some(index) = one.waiting() else { break };
-                let request = one.request(batches, index).await?;
-                one.set(index, ItemState::Running);
-                drafts.push((index, request));
-            }
+            let drafts = match one.take(batches, share).await {
+                Ok(drafts) => drafts,
+                Err(error) => {
+                    put_aside(active, &id, &error);
+                    continue;
+                }
+            };
             let took = drafts.len();
             room -= took;
             let released = stream::iter(drafts)

@@ -9,7 +9,7 @@ use std::{
 
 use efferent_bus::{
     Delivery, Lease, SharedBus,
-    ledger::{Ledger, Outcome, Transition, is_final},
+    ledger::{Ledger, Outcome, Transition, has_ended},
 };
 use efferent_proto::{
     ApiError,
@@ -174,9 +174,7 @@ pub async fn admit(
     }
     match held.ledger.apply(&held.job_id, &beginning).await? {
         Outcome::Changed(record) => Ok(Admission::Go(Box::new(held), record)),
-        Outcome::Unchanged(record) if !record.job.as_ref().is_some_and(|job| is_final(job.state())) => {
-            Ok(Admission::Go(Box::new(held), record))
-        }
+        Outcome::Unchanged(record) if !has_ended(&record) => Ok(Admission::Go(Box::new(held), record)),
         Outcome::Unchanged(_) | Outcome::Unknown => {
             metrics::counter!("efferent_tasks_dropped_total", "why" => "job over").increment(1);
             held.done().await?;
@@ -211,7 +209,7 @@ impl Held {
         let Some(beginning) = self.beginning.take() else { return };
         match self.ledger.apply(&self.job_id, &beginning).await {
             Ok(Outcome::Changed(_)) => {}
-            Ok(Outcome::Unchanged(record)) if !record.job.as_ref().is_some_and(|job| is_final(job.state())) => {}
+            Ok(Outcome::Unchanged(record)) if !has_ended(&record) => {}
             Ok(Outcome::Unchanged(_) | Outcome::Unknown) => self.token.cancel(),
             // Only a report; what counts is whether the outcome can be written.
             Err(error) => tracing::warn!(job_id = self.job_id, %error, "cannot write that work has begun"),
@@ -332,7 +330,7 @@ async fn keep(lease: Arc<dyn Lease>, ledger: Ledger, job_id: String, expires_at_
             tracing::warn!(job_id, %error, "could not extend a lease");
         }
         if let Ok(Some(record)) = ledger.job(&job_id).await
-            && record.job.is_some_and(|job| is_final(job.state()))
+            && has_ended(&record)
         {
             return token.cancel();
         }

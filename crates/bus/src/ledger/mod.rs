@@ -1,6 +1,7 @@
 //! Jobs, results, workers and models as typed records on top of a bus.
 //!
-//! [`transition`] is the pure part: what may follow what in a job's life. This file does the reading, comparing and swapping.
+//! [`transition`] is the pure part: what may follow what in a job's life. This file does the reading, comparing and swapping; [`batches`] keeps
+//! many requests that were submitted together.
 
 pub mod batches;
 pub mod transition;
@@ -21,7 +22,7 @@ use prost::Message;
 
 use crate::{Bucket, Error, QueueSpec, Result, SharedBus};
 
-pub use transition::{Transition, is_final};
+pub use transition::{Transition, has_ended, is_final};
 
 /// What every process of a cluster must agree on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -188,7 +189,7 @@ impl Ledger {
             let value = encode(&record);
             let swapped = self.bus.swap(Bucket::Jobs, job_id, value, revision, Some(self.options.retention)).await?;
             let Some(revision) = swapped else { continue };
-            if record.job.as_ref().is_some_and(|job| is_final(job.state())) {
+            if has_ended(&record) {
                 self.known.invalidate(job_id);
                 if !record.batch_id.is_empty() {
                     self.tell_end(&record).await;

@@ -40,6 +40,11 @@ pub fn is_final(state: JobState) -> bool {
     matches!(state, JobState::Succeeded | JobState::Failed | JobState::Cancelled | JobState::Expired)
 }
 
+/// Whether a job has ended.
+pub fn has_ended(record: &JobRecord) -> bool {
+    record.job.as_ref().is_some_and(|job| is_final(job.state()))
+}
+
 /// The record of a job that is being accepted, and whose task will be in a queue of about `depth` tasks. `request` has every default filled in.
 pub fn accepted(
     job_id: String,

@@ -284,7 +284,11 @@ impl Bus for Nats {
         if !wait.is_zero() {
             fetch = fetch.expires(wait);
         }
-        collect(fetch.messages().await.map_err(fault(format!("pulling from {queue}")))?, queue).await
+        let what = || format!("pulling from {queue}");
+        let messages = fetch.messages().await.map_err(fault(what()))?;
+        // A server that goes away owes the word that this was all.
+        let all = tokio::time::timeout(wait + self.options.timeout, collect(messages, queue)).await;
+        all.map_err(fault(what()))?
     }
 
     async fn purge(&self, queue: &str, job: &str) -> Result<u64> {
