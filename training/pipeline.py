@@ -13,6 +13,11 @@ from .optimise import Average, Clock, Muon, half_precision, rate
 from .vocabulary import BACKGROUNDS, COLOR_NAMES, POSITION_NAMES, RELATIONS, SIZE_NAMES, THINGS
 
 VIEWS = 3
+# What a part of a picture adds to the background (mean squared difference of a patch, of 1) up to which it weighs more in the loss, and by how much at most:
+# a white cloud on white is as much to be drawn as a red apple, and its error is small in numbers.
+FAINT, FAINT_MOST = .06, 3.0
+# How much more often than others a caption is taken that names a colour: the things drawn in a colour are many, and each is rare.
+COLORED = 1.6
 
 
 def labels(scene):
@@ -75,14 +80,15 @@ def read(language, path, made, texts, log):
 
 
 def latents(encoder, data, folder, name, seed, log):
-    """Patched latents of VIEWS drawings of each scene in f16: (count, VIEWS, 36, 64), and their mean and deviation by channel."""
+    """Patched latents of VIEWS drawings of each scene in f16: (count, VIEWS, 36, 64), their mean and deviation by channel, and each patch's weight."""
     path = folder / f"{name}.pt"
     if path.exists():
         return torch.load(path)
-    rng, out, store = random.Random(seed), [], []
+    rng, out, store, weights = random.Random(seed), [], [], []
     with torch.no_grad():
         for i, scene in enumerate(data["scenes"]):
             x = np.stack([scenes.draw(scene, rng) for _ in range(VIEWS)])
+            weights.append(faint(x, scenes.background(scene.background)))
             out.append(torch.from_numpy(x))
             if len(out) == 32 or i == len(data["scenes"]) - 1:
                 x = torch.cat(out).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -93,9 +99,17 @@ def latents(encoder, data, folder, name, seed, log):
     z = torch.cat(store).float()
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     z = patch((z - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).half().view(-1, VIEWS, 36, 64)
-    out = {"z": z, "mean": mean, "std": std}
+    weights = np.stack(weights)
+    out = {"z": z, "mean": mean, "std": std, "weights": torch.from_numpy(weights / weights.mean()).float()}
     torch.save(out, path)
     return out
+
+
+def faint(pictures, ground):
+    """The weight in the loss of each patch, (pictures, 36): more where little is added to the background."""
+    added = np.square(pictures.astype(np.float32) / 255 - ground).mean(-1)
+    patches = added.reshape(-1, 6, 16, 6, 16).mean((2, 4)).reshape(-1, 36)
+    return np.where(patches > 1e-4, np.clip(np.sqrt(FAINT / np.maximum(patches, 1e-6)), 1, FAINT_MOST), 1)
 
 
 def batch_states(data, index):
@@ -138,6 +152,7 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
                     "muon": muon.buffers, "mean": seen["mean"], "std": seen["std"], "config": config}, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
 
+    shares = [COLORED if any(part.color for part in scene.parts) else 1.0 for scene in data["scenes"]]
     # Compiled, a step takes four fifths of the time; that needs a C++ compiler.
     draw = torch.compile(hand, dynamic=False) if shutil.which("g++") else hand
     parse_until, total, saved_at = 60 * strength, 0.0, clock.spent
@@ -145,7 +160,7 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
         factor = rate(clock.progress, .4) * min(1, (step + 1) / 15) * strength
         for group in adam.param_groups:
             group["lr"] = 2e-3 * factor
-        index = torch.tensor([rng.randrange(count) for _ in range(32)])
+        index = torch.tensor(rng.choices(range(count), shares, k=32))
         h, mask = batch_states(data, index.tolist())
         h = h + torch.randn_like(h) * h.square().mean(-1, keepdim=True).sqrt() * .05
         with half_precision():
@@ -158,7 +173,8 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
                 p.grad = torch.zeros_like(p)
             loss = parse
         else:
-            views = torch.stack([seen["z"][index, rng.randrange(VIEWS)] for _ in range(2)], 1).flatten(0, 1).float()
+            chosen = [rng.randrange(VIEWS) for _ in range(2)]
+            views, weight = (torch.stack([seen[name][index, v] for v in chosen], 1).flatten(0, 1).float() for name in ("z", "weights"))
             c = control.repeat_interleave(2, 0)
             drop = (torch.rand(len(c), 1, 1) < .1).float()
             c = c * (1 - drop) + hand.null * drop
@@ -166,7 +182,7 @@ def train(folder, language, seconds, count, log, warm=None, config=DEFAULT):
             w = t[:, None, None]
             with half_precision():
                 p = draw(w * views + (1 - w) * torch.randn_like(views), t, c)
-            loss = ((p.float() - views).square() / (1 - w).clamp_min(.1).square()).mean()
+            loss = (weight[..., None] * (p.float() - views).square() / (1 - w).clamp_min(.1).square()).mean()
             (loss + .05 * parse).backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 2.0)
         muon.step(factor), adam.step(), average.update(step)

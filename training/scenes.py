@@ -222,9 +222,9 @@ def background(name: str) -> np.ndarray:
 
 
 def placements(scene: Scene, rng: random.Random | None = None) -> list[tuple[Part, int, int, int]]:
-    """(part, centre x, centre y, pixels) of every sprite, with a little jitter if `rng` is given."""
+    """(part, centre x, centre y, pixels) of every sprite, with a little jitter if `rng` is given: with more, outlines come out wobbly."""
     total = sum(part.count for part in scene.parts)
-    jitter = (lambda: rng.randint(-2, 2)) if rng else (lambda: 0)
+    jitter = (lambda: rng.randint(-1, 1)) if rng else (lambda: 0)
     spots = [list(place) for place in PLACES[total]]
     sizes = [PIXELS[total]] * total
     parts = [part for part in scene.parts for _ in range(part.count)]
