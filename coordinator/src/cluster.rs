@@ -7,12 +7,12 @@ use efferent_proto::{
     ApiError, names, time,
     v1::{
         ErrorCode, GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse, ListWorkersRequest,
-        ListWorkersResponse, Model, Queue, cluster_service_server::ClusterService,
+        ListWorkersResponse, Model, Queue, WorkerRole, cluster_service_server::ClusterService,
     },
 };
 use tonic::{Request, Response, Status};
 
-use crate::{directory::Directory, images::Images};
+use crate::{directory::Directory, images::Images, scale};
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -49,6 +49,22 @@ impl Cluster {
             queues.push(Queue { name, ready: depth.ready, leased: depth.leased, capacity, oldest_age_seconds });
         }
         Ok(queues)
+    }
+    /// Tells autoscalers what each stage has to do.
+    pub(crate) async fn tell_loads(&self, queues: &[Queue]) -> efferent_bus::Result<()> {
+        let waiting = scale::waiting_in_batches(&self.ledger).await?;
+        for model in self.directory.models() {
+            for (role, load) in scale::loads(&self.directory, &model, queues, waiting(&model.name)) {
+                let stage = if role == WorkerRole::Brain { "brain" } else { "hand" };
+                let labels = [("stage", stage.to_owned()), ("model", model.name.clone())];
+                let utilisation = load.stage.time.map_or(0.0, |time| time.utilisation);
+                metrics::gauge!("efferent_stage_workers", &labels).set(load.stage.workers as f64);
+                metrics::gauge!("efferent_stage_backlog_seconds", &labels).set(load.seconds());
+                metrics::gauge!("efferent_stage_utilisation", &labels).set(utilisation);
+                metrics::gauge!("efferent_stage_advised_workers", &labels).set(f64::from(load.advised()));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -6,15 +6,21 @@ use std::{
 };
 
 use efferent_bus::{
-    Bucket, Change,
+    Bucket, Change, SharedBus,
     ledger::{self, Ledger},
 };
 use efferent_proto::{
     ApiError,
-    v1::{ErrorCode, Model, Worker, WorkerRole, WorkerState},
+    v1::{ErrorCode, GenerateRequest, Model, Worker, WorkerRole, WorkerState},
+    work,
 };
 use futures::StreamExt as _;
 use tokio::task::AbortHandle;
+
+use crate::quote::Stage;
+
+/// How much the latest request counts in what is usual.
+const LATE: f64 = 0.05;
 
 /// The models and workers of the cluster. Clones share it.
 #[derive(Debug, Clone)]
@@ -27,6 +33,8 @@ struct Inner {
     declared: Mutex<HashSet<(String, String)>>,
     /// Tasks in each queue: as last measured, and those added here since.
     depths: Mutex<HashMap<String, u64>>,
+    /// By hand: images of a request and units of an image, on average of late.
+    usual: Mutex<HashMap<String, (f64, f64)>>,
     watchers: [AbortHandle; 2],
 }
 
@@ -37,13 +45,13 @@ struct State {
 }
 
 impl State {
+    fn ready(&self, role: WorkerRole) -> impl Iterator<Item = &Worker> {
+        self.workers.values().filter(move |worker| worker.role() == role && worker.state() == WorkerState::Ready)
+    }
+
     fn live(&self, model: &str, role: WorkerRole) -> u32 {
-        let serves = |worker: &&Worker| {
-            worker.role() == role
-                && worker.state() == WorkerState::Ready
-                && worker.models.iter().any(|served| served.name == model)
-        };
-        self.workers.values().filter(serves).count() as u32
+        let serves = |worker: &&Worker| worker.models.iter().any(|served| served.name == model);
+        self.ready(role).filter(serves).count() as u32
     }
 
     fn is_served(&self, model: &str) -> bool {
@@ -80,7 +88,8 @@ impl Directory {
             }
         });
         let watchers = [models, workers.await?];
-        Ok(Self(Arc::new(Inner { ledger, state, declared: Mutex::default(), depths: Mutex::default(), watchers })))
+        let (declared, depths, usual) = Default::default();
+        Ok(Self(Arc::new(Inner { ledger, state, declared, depths, usual, watchers })))
     }
 
     fn read<T>(&self, read: impl FnOnce(&State) -> T) -> T {
@@ -104,10 +113,50 @@ impl Directory {
         self.read(|state| state.models.get(name).cloned())
     }
 
-    /// Images that all live hands take at once.
-    pub fn hand_capacity(&self) -> usize {
-        let counts = |worker: &&Worker| worker.role() == WorkerRole::Hand && worker.state() == WorkerState::Ready;
-        self.read(|state| state.workers.values().filter(counts).map(|worker| worker.capacity as usize).sum())
+    /// Images that all live workers of a hand take at once.
+    pub fn hand_capacity(&self, hand: &str) -> usize {
+        self.read(|state| {
+            let serves = |worker: &&Worker| worker.models.iter().any(|model| model.hand == hand);
+            state.ready(WorkerRole::Hand).filter(serves).map(|worker| worker.capacity as usize).sum()
+        })
+    }
+
+    /// The live workers of a stage of a model.
+    pub fn stage(&self, role: WorkerRole, model: &Model) -> Stage {
+        self.read(|state| {
+            let serves = |worker: &&Worker| worker.models.iter().any(|served| served.name == model.name);
+            Stage::of(state.ready(role).filter(serves).map(|worker| (worker.capacity, worker.time)))
+        })
+    }
+
+    /// The hand that would draw a request, and how many seconds of one it would take. `None` if there is none now.
+    pub fn work(&self, request: &GenerateRequest) -> Option<(String, f64)> {
+        let model = self.choose(&request.model).ok()?;
+        let (steps, images) = (request.steps.unwrap_or(model.default_steps), request.image_count.unwrap_or(1));
+        let size = request.size.or(model.sizes.first().copied()).unwrap_or_default();
+        let units = work::image_units(&size, steps) * f64::from(images);
+        let seconds = units * self.stage(WorkerRole::Hand, &model).busy();
+        Some((model.hand, seconds))
+    }
+
+    /// Images of a request for a hand, and units of an image, as they usually were of late.
+    pub fn usual(&self, hand: &str) -> (f64, f64) {
+        self.0.usual.lock().unwrap_or_else(PoisonError::into_inner).get(hand).copied().unwrap_or((1.0, 0.0))
+    }
+
+    /// Takes down that a request was accepted.
+    pub fn note(&self, hand: &str, request: &GenerateRequest) {
+        let images = f64::from(request.image_count());
+        let units = work::image_units(&request.size.unwrap_or_default(), request.steps());
+        let mut usual = self.0.usual.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = usual.entry(hand.to_owned()).or_insert((images, units));
+        before.0 += LATE * (images - before.0);
+        before.1 += LATE * (units - before.1);
+    }
+
+    /// The bus below.
+    pub fn bus(&self) -> &SharedBus {
+        self.0.ledger.bus()
     }
 
     /// Every live worker.

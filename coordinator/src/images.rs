@@ -17,7 +17,8 @@ use efferent_proto::{
     names, time,
     v1::{
         CancelJobRequest, CancelJobResponse, ErrorCode, GenerateRequest, GetImageRequest, GetJobRequest, Image,
-        ImageChunk, Job, JobEvent, JobState, WatchJobRequest, image_service_server::ImageService, job_event::Event,
+        ImageChunk, Job, JobEvent, JobState, Quotation, WatchJobRequest, image_service_server::ImageService,
+        job_event::Event,
     },
 };
 use efferent_service::{Shutdown, trace};
@@ -30,7 +31,9 @@ use tonic::{Request, Response, Status};
 use crate::{
     directory::Directory,
     follow::{self, Tail, Wish},
+    quote,
     server::Options,
+    tenants::{self, Gate, Stream as Place},
     validate,
 };
 
@@ -44,6 +47,7 @@ const BACKLOG: usize = 64;
 pub struct Images {
     ledger: Ledger,
     directory: Directory,
+    gate: Gate,
     options: Options,
     streams: Arc<Semaphore>,
     shutdown: Shutdown,
@@ -69,9 +73,9 @@ type Events = BoxStream<'static, Result<JobEvent, Status>>;
 
 impl Images {
     /// A service on these records.
-    pub fn new(ledger: Ledger, directory: Directory, options: Options, shutdown: Shutdown) -> Self {
+    pub fn new(ledger: Ledger, directory: Directory, gate: Gate, options: Options, shutdown: Shutdown) -> Self {
         let streams = Arc::new(Semaphore::new(options.max_streams));
-        Self { ledger, directory, options, streams, shutdown }
+        Self { ledger, directory, gate, options, streams, shutdown }
     }
 
     /// Streams that are open now.
@@ -121,7 +125,11 @@ impl Images {
                 return Ok((id, None));
             }
         }
+        let urgent = request.deadline.is_some();
         let record = self.draft(id.clone(), request)?;
+        if urgent {
+            self.check_deadline(&record).await?;
+        }
         let subject = names::job_events(&id);
         let (created, events) = tokio::join!(self.ledger.create_job(&record), self.ledger.bus().subscribe(&subject));
         if !created.map_err(unavailable)? {
@@ -136,6 +144,22 @@ impl Images {
             }
             Err(error) => Err(self.unmake(&id, error).await),
         }
+    }
+
+    /// Refuses a job that would not be done in the time it has.
+    async fn check_deadline(&self, record: &JobRecord) -> Result<(), ApiError> {
+        let (Some(job), Some(model)) = (&record.job, &record.model) else { return Ok(()) };
+        let Some(request) = &job.request else { return Ok(()) };
+        let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
+        quote::check_deadline(&quote::quote(&self.directory, request, model).await?, deadline)
+    }
+
+    async fn quotation(&self, request: GenerateRequest) -> Result<Quotation, ApiError> {
+        validate::syntax(&request)?;
+        let model = self.directory.choose(&request.model)?;
+        let request = validate::resolve(request, &model, self.options.default_deadline)?;
+        self.directory.declare(&model).await.map_err(unavailable)?;
+        quote::quote(&self.directory, &request, &model).await
     }
 
     /// A job that can be accepted now, with every default filled in.
@@ -181,6 +205,7 @@ impl Images {
         let published = self.ledger.bus().publish(&queue, task).await.map_err(unavailable)?;
         if published == Published::Stored {
             self.directory.add_task(&queue);
+            self.directory.note(&model.hand, job.request.as_ref().unwrap_or(&GenerateRequest::default()));
         }
         Ok(())
     }
@@ -190,14 +215,14 @@ impl Images {
         id: String,
         tail: Option<Tail>,
         wish: Wish,
-        permit: OwnedSemaphorePermit,
+        places: (OwnedSemaphorePermit, Option<Place>),
         existing: bool,
     ) -> Events {
         let (sender, receiver) = mpsc::channel(BACKLOG);
         let following = follow::follow(self.ledger.clone(), id, tail, wish, sender, self.shutdown.clone());
         tokio::spawn(async move {
             following.await;
-            drop(permit);
+            drop(places);
         });
         let mark = move |event: Result<JobEvent, Status>| {
             event.map(|mut event| {
@@ -265,11 +290,20 @@ impl ImageService for Images {
         let inline_images = request.inline_images;
         let outcome = async {
             let permit = self.stream_permit()?;
+            let tenant = tenants::named(&request.tenant)?;
+            self.gate.request(tenant)?;
+            let place = self.gate.stream(tenant)?;
             let (id, tail) = self.accept(request, &trace).await?;
             let existing = tail.is_none();
-            Ok(self.stream(id, tail, Wish { after: 0, inline_images }, permit, existing))
+            Ok(self.stream(id, tail, Wish { after: 0, inline_images }, (permit, Some(place)), existing))
         };
         count("Generate", started, outcome.await).map(Response::new)
+    }
+
+    async fn quote(&self, request: Request<GenerateRequest>) -> Result<Response<Quotation>, Status> {
+        let started = Instant::now();
+        let outcome = self.quotation(request.into_inner()).await;
+        count("Quote", started, outcome).map(Response::new)
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<Job>, Status> {
@@ -284,7 +318,7 @@ impl ImageService for Images {
         let outcome = async {
             let permit = self.stream_permit()?;
             self.known_job(&job_id).await?;
-            Ok(self.stream(job_id, None, Wish { after, inline_images }, permit, false))
+            Ok(self.stream(job_id, None, Wish { after, inline_images }, (permit, None), false))
         };
         count("WatchJob", started, outcome.await).map(Response::new)
     }

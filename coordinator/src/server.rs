@@ -18,6 +18,7 @@ use crate::{
     cluster::Cluster,
     directory::Directory,
     images::Images,
+    tenants::{Gate, Tenants},
 };
 
 /// How a coordinator works.
@@ -35,6 +36,8 @@ pub struct Options {
     /// How long a stop waits for calls in progress. Default 10 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
+    /// Shares and quotas. Default: everyone the same share, and no quotas.
+    pub tenants: Tenants,
 }
 
 impl Default for Options {
@@ -44,6 +47,7 @@ impl Default for Options {
             default_deadline: Duration::from_secs(600),
             measure_interval: Duration::from_secs(5),
             grace: Duration::from_secs(10),
+            tenants: Tenants::default(),
         }
     }
 }
@@ -76,8 +80,9 @@ pub async fn run(
     let directory = Directory::watch(ledger.clone()).await?;
     let grace = options.grace;
     let measure_interval = options.measure_interval;
-    let images = Images::new(ledger.clone(), directory.clone(), options, shutdown.clone());
-    let batches = Batches::new(ledger.clone(), directory.clone(), images.clone());
+    let gate = Gate::new(options.tenants.clone());
+    let images = Images::new(ledger.clone(), directory.clone(), gate.clone(), options, shutdown.clone());
+    let batches = Batches::new(ledger.clone(), directory.clone(), images.clone(), gate);
     let cluster = Cluster::new(ledger, directory, images.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ImageServiceServer<Images>>().await;
@@ -135,6 +140,9 @@ async fn measure(cluster: Cluster, interval: Duration) {
     loop {
         match cluster.queues().await {
             Ok(queues) => {
+                if let Err(error) = cluster.tell_loads(&queues).await {
+                    tracing::debug!(%error, "cannot tell loads");
+                }
                 for queue in queues {
                     metrics::gauge!("efferent_queue_ready", "queue" => queue.name.clone()).set(queue.ready as f64);
                     metrics::gauge!("efferent_queue_leased", "queue" => queue.name.clone()).set(queue.leased as f64);

@@ -7,6 +7,8 @@ use efferent_proto::{
     v1::{ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size},
 };
 
+use crate::tenants;
+
 /// Most bytes of a prompt.
 pub const MAX_PROMPT_BYTES: usize = 4096;
 /// Most bytes of an idempotency key.
@@ -60,6 +62,7 @@ pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
     if Lane::try_from(request.lane).is_err() {
         return Err(invalid("lane", format!("lane {} is unknown; known are interactive (1), batch (2)", request.lane)));
     }
+    tenants::named(&request.tenant)?;
     if request.idempotency_key.len() > MAX_KEY_BYTES {
         let message =
             format!("idempotency_key has {} bytes, over the limit of {MAX_KEY_BYTES}", request.idempotency_key.len());
@@ -134,6 +137,7 @@ pub fn resolve(
         seed: Some(request.seed.unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff)),
         deadline: Some(request.deadline.unwrap_or_else(|| time::proto_duration(default_deadline))),
         sampler,
+        tenant: tenants::named(&request.tenant)?.to_owned(),
         ..request
     };
     if resolved.format() == ImageFormat::Unspecified {
@@ -205,6 +209,7 @@ mod tests {
             (Box::new(|r| r.sampler = "ddim".to_owned()), NotOffered, "sampler", "euler, heun"),
             (Box::new(|r| r.format = 9), InvalidField, "format", ""),
             (Box::new(|r| r.lane = 9), InvalidField, "lane", ""),
+            (Box::new(|r| r.tenant = "Studio 1".to_owned()), InvalidField, "tenant", ""),
             (Box::new(|r| r.idempotency_key = "x".repeat(129)), LimitExceeded, "idempotency_key", "0..=128 bytes"),
             (
                 Box::new(|r| r.deadline = Some(time::proto_duration(Duration::ZERO))),

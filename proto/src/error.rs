@@ -100,7 +100,10 @@ pub fn grpc_code(code: ErrorCode) -> Code {
             Code::NotFound
         }
         ErrorCode::NoWorker | ErrorCode::BusUnavailable | ErrorCode::Stopping => Code::Unavailable,
-        ErrorCode::QueueFull | ErrorCode::TooManyRequests => Code::ResourceExhausted,
+        ErrorCode::QueueFull
+        | ErrorCode::TooManyRequests
+        | ErrorCode::QuotaExceeded
+        | ErrorCode::DeadlineUnmeetable => Code::ResourceExhausted,
         ErrorCode::IdempotencyConflict => Code::AlreadyExists,
         ErrorCode::JobFinished | ErrorCode::BatchFinished | ErrorCode::SpaceMismatch => Code::FailedPrecondition,
         ErrorCode::Expired => Code::DeadlineExceeded,

@@ -2,6 +2,9 @@
 
 use crate::v1::Lane;
 
+/// On whose account is done what is on nobody's.
+pub const DEFAULT_TENANT: &str = "default";
+
 /// Tasks of a brain wait here, in a lane.
 pub fn brain_queue(brain: &str, lane: Lane) -> String {
     format!("brain.{brain}.{}", lane_name(lane))

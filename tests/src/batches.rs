@@ -38,7 +38,7 @@ pub async fn submit(
 
 /// A header with this key.
 pub fn key(key: &str) -> BatchHeader {
-    BatchHeader { idempotency_key: key.to_owned(), name: "a test".to_owned(), all_or_nothing: false }
+    BatchHeader { idempotency_key: key.to_owned(), name: "a test".to_owned(), ..BatchHeader::default() }
 }
 
 /// The id of a batch that was submitted.

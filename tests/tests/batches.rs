@@ -193,21 +193,26 @@ async fn a_batch_that_cannot_be_read_does_not_hold_up_others() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;
     let mut client = Client::new(coordinator.channel().await);
-    // Nothing is released without workers: so both are damaged before their first item is read.
     let mut damaged = Vec::new();
-    for bucket in [None, Some(Bucket::Chunks)] {
+    for count in [3, 4] {
         // Each with items of its own: equal ones are one object.
-        let answer = submit(&mut client, key(""), &items(3 + damaged.len())).await.expect("the batch is accepted");
-        let chunk = names::chunk_key(&id(&answer), 0);
+        let answer = submit(&mut client, key(""), &items(count)).await.expect("the batch is accepted");
+        damaged.push(id(&answer));
+    }
+    // Nothing is released without workers, and the next coordinator has read nothing.
+    coordinator.service.stop().await;
+    for (batch, bucket) in damaged.iter().zip([None, Some(Bucket::Chunks)]) {
+        let chunk = names::chunk_key(batch, 0);
         match bucket {
             Some(bucket) => cluster.ledger.bus().delete(bucket, &chunk).await.expect("deletes"),
             None => {
-                let (record, _) = cluster.ledger.chunk(&id(&answer), 0).await.expect("reads").expect("is there");
+                let (record, _) = cluster.ledger.chunk(batch, 0).await.expect("reads").expect("is there");
                 cluster.ledger.bus().delete_object(&record.items).await.expect("deletes");
             }
         }
-        damaged.push(id(&answer));
     }
+    let coordinator = cluster.coordinator().await;
+    let mut client = Client::new(coordinator.channel().await);
     let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
     let others = GenerateRequest { seed: Some(77), ..request("a dog") };
     let answer = submit(&mut client, key(""), &[others]).await.expect("the batch is accepted");

@@ -135,4 +135,9 @@ fn every_metric_is_described() {
         }
     }
     assert!(found > 15, "metrics are found");
+    let documented = std::fs::read_to_string(root().join("docs/metrics.md")).expect("the page");
+    let mut names = described.split('"').filter(|text| text.starts_with("efferent_") && !text.contains(' '));
+    assert!(names.clone().count() > 20, "names are found");
+    let missing = names.find(|name| !documented.contains(&format!("`{name}`")));
+    assert_eq!(missing, None, "is not in docs/metrics.md");
 }

@@ -165,12 +165,14 @@ impl Worker {
         let mut taken: Vec<Taken> =
             join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await.into_iter().flatten().collect();
         let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
+        let started = Instant::now();
         let encoding = self.encoder.encode(requests);
         tokio::pin!(encoding);
         let outcomes = match tokio::time::timeout(task::BRISK, &mut encoding).await {
             Ok(outcomes) => outcomes,
             Err(_) => tokio::join!(encoding, join_all(taken.iter_mut().map(|taken| taken.held.begin()))).0,
         };
+        taken.iter().for_each(|_| self.member.done(1.0, started.elapsed()));
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
     }
 

@@ -16,6 +16,7 @@ use efferent_proto::{
     internal::{ControlSignal, HandTask, hand_task},
     names, time,
     v1::{ErrorCode, GenerateRequest, Image, JobEvent, Model, Preview, Step, WorkerRole, job_event::Event},
+    work,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
@@ -280,6 +281,8 @@ impl Worker {
     ) -> efferent_bus::Result<()> {
         metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
         let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
+        let steps = task.request.as_ref().map_or(0, GenerateRequest::steps);
+        self.member.done(work::image_units(&size, steps), render_time);
         let file = if picture.as_raw().len() <= MAX_ENCODED_HERE {
             Ok(files::encode(&picture, task))
         } else {

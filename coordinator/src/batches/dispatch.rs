@@ -4,27 +4,29 @@
 //! fails makes the loser read again. So a dispatcher that was paused and wakes up late changes nothing.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     time::{Duration, Instant, SystemTime},
 };
 
 use efferent_bus::ledger::{
     Transition,
-    batches::{CHUNK_ITEMS, batch_id, is_over, item_job_id},
-    decode, is_final, transition,
+    batches::{batch_id, is_over},
+    decode, transition,
 };
 use efferent_proto::{
     ApiError,
-    internal::{BatchRecord, ChunkRecord, JobEnded, JobRecord},
+    internal::{JobEnded, JobRecord},
     names, time,
-    v1::{Batch, BatchState, ErrorCode, GenerateRequest, ItemState, Job, JobState, Lane, Model},
+    v1::{Batch, BatchState, ErrorCode, Job, JobState, Lane, Model},
 };
 use efferent_service::{Shutdown, trace};
 use futures::{StreamExt as _, stream};
 
 use super::{
-    Batches,
+    AT_ONCE, Batches,
+    active::{Active, Head, PATIENCE, settle, write},
     lease::{Lease, RENEWAL},
+    turns::Turns,
 };
 use crate::{follow, images::unavailable};
 
@@ -35,14 +37,8 @@ const TICK: Duration = Duration::from_millis(100);
 const WRITE: Duration = Duration::from_millis(250);
 /// How often batches are looked for, in case the word of one was lost.
 const SEARCH: Duration = Duration::from_secs(2);
-/// How long nothing may be heard of a job before its record is read.
-const PATIENCE: Duration = Duration::from_secs(2);
 /// Most ends that are heard before the next round.
 const GATHERED: usize = 256;
-/// Jobs made, read or cancelled at once.
-const AT_ONCE: usize = 16;
-/// Fewest items that are released ahead, of all batches together, and how many for each place of a live hand.
-const AHEAD: (usize, usize) = (32, 2);
 
 type Result<T, E = efferent_bus::Error> = std::result::Result<T, E>;
 
@@ -74,6 +70,7 @@ async fn lead(batches: &Batches, lease: &mut Lease, shutdown: &Shutdown) -> Resu
     let mut ends = bus.subscribe(names::ANY_BATCH_END).await?;
     let mut news = bus.subscribe(names::BATCHES).await?;
     let mut active: HashMap<String, Active> = HashMap::new();
+    let mut turns = Turns::default();
     let (mut renewed, mut searched, mut written) = (Instant::now(), None::<Instant>, Instant::now());
     while !shutdown.is_triggered() {
         if renewed.elapsed() >= RENEWAL {
@@ -86,7 +83,7 @@ async fn lead(batches: &Batches, lease: &mut Lease, shutdown: &Shutdown) -> Resu
             search(batches, &mut active).await?;
             searched = Some(Instant::now());
         }
-        round(batches, &mut active).await?;
+        round(batches, &mut active, &mut turns).await?;
         if written.elapsed() >= WRITE {
             write(batches, &mut active).await?;
             written = Instant::now();
@@ -124,140 +121,6 @@ async fn lead(batches: &Batches, lease: &mut Lease, shutdown: &Shutdown) -> Resu
     write(batches, &mut active).await
 }
 
-/// A batch that is worked on.
-struct Active {
-    batch: Batch,
-    /// The rest of its record.
-    record: BatchRecord,
-    revision: u64,
-    chunks: Vec<Chunk>,
-    /// Items below this one do not wait.
-    next: u64,
-    /// Released and not ended, and when something was last heard of them.
-    open: HashMap<String, (u64, Instant)>,
-    changed: bool,
-}
-
-struct Chunk {
-    record: ChunkRecord,
-    revision: u64,
-    /// Only while its items are being released.
-    items: Option<Vec<GenerateRequest>>,
-    changed: bool,
-}
-
-impl Active {
-    async fn load(batches: &Batches, record: BatchRecord, revision: u64) -> Result<Self> {
-        let id = batch_id(&record).to_owned();
-        let reads = (0..record.chunk_count).map(|number| {
-            let (ledger, id) = (&batches.ledger, id.as_str());
-            async move { ledger.chunk(id, number).await }
-        });
-        let mut read = stream::iter(reads).buffered(AT_ONCE);
-        let mut active = Self {
-            batch: record.batch.clone().unwrap_or_default(),
-            record,
-            revision,
-            chunks: Vec::new(),
-            next: 0,
-            open: HashMap::new(),
-            changed: true,
-        };
-        while let Some(chunk) = read.next().await {
-            let (record, revision) = chunk?.ok_or_else(|| efferent_bus::Error::Unavailable {
-                what: format!("a chunk of batch {id} is no longer kept"),
-                source: None,
-            })?;
-            active.chunks.push(Chunk { record, revision, items: None, changed: false });
-        }
-        // Long ago: whether they have ended is looked up at once.
-        let long_ago = Instant::now().checked_sub(PATIENCE).unwrap_or_else(Instant::now);
-        for index in 0..active.batch.item_count {
-            if active.state(index) == ItemState::Running {
-                active.open.insert(item_job_id(&id, index), (index, long_ago));
-            }
-        }
-        Ok(active)
-    }
-
-    fn cancelling(&self) -> bool {
-        self.batch.state() == BatchState::Cancelling
-    }
-
-    fn state(&self, index: u64) -> ItemState {
-        let (chunk, at) = place(index);
-        self.chunks.get(chunk).map_or(ItemState::Unspecified, |chunk| super::state(&chunk.record, at))
-    }
-
-    fn set(&mut self, index: u64, state: ItemState) {
-        let (chunk, at) = place(index);
-        let Some(chunk) = self.chunks.get_mut(chunk) else { return };
-        let mut states = chunk.record.states.to_vec();
-        if let Some(old) = states.get_mut(at) {
-            *old = state as u8;
-        }
-        chunk.record.states = states.into();
-        chunk.changed = true;
-        self.changed = true;
-    }
-
-    /// The first item that waits.
-    fn waiting(&mut self) -> Option<u64> {
-        while self.next < self.batch.item_count && self.state(self.next) != ItemState::Waiting {
-            self.next += 1;
-        }
-        (self.next < self.batch.item_count).then_some(self.next)
-    }
-
-    /// Up to `most` items that waited, as running.
-    async fn take(&mut self, batches: &Batches, most: usize) -> Result<Vec<(u64, GenerateRequest)>> {
-        let mut taken = Vec::new();
-        while taken.len() < most
-            && let Some(index) = self.waiting()
-        {
-            let request = self.request(batches, index).await?;
-            self.set(index, ItemState::Running);
-            taken.push((index, request));
-        }
-        Ok(taken)
-    }
-
-    async fn request(&mut self, batches: &Batches, index: u64) -> Result<GenerateRequest> {
-        let (chunk, at) = place(index);
-        if let Some(before) = chunk.checked_sub(1).and_then(|before| self.chunks.get_mut(before)) {
-            before.items = None;
-        }
-        let chunk = &mut self.chunks[chunk];
-        if chunk.items.is_none() {
-            chunk.items = Some(batches.ledger.chunk_items(&chunk.record).await?);
-        }
-        Ok(chunk.items.as_ref().and_then(|items| items.get(at)).cloned().unwrap_or_default())
-    }
-
-    /// Counts states anew into the record.
-    fn count(&mut self) {
-        let mut counts = [0; 6];
-        for state in self.chunks.iter().flat_map(|chunk| chunk.record.states.iter()) {
-            counts[usize::from(*state).min(5)] += 1;
-        }
-        let over = counts[ItemState::Waiting as usize] == 0 && self.open.is_empty();
-        let cancelling = self.cancelling();
-        let batch = &mut self.batch;
-        batch.running = counts[ItemState::Running as usize];
-        batch.succeeded = counts[ItemState::Succeeded as usize];
-        batch.failed = counts[ItemState::Failed as usize];
-        batch.cancelled = counts[ItemState::Cancelled as usize];
-        if over {
-            batch.set_state(if cancelling { BatchState::Cancelled } else { BatchState::Ended });
-            batch.finished_at = Some(time::timestamp(SystemTime::now()));
-        }
-    }
-}
-
-fn place(index: u64) -> (usize, usize) {
-    ((index / CHUNK_ITEMS as u64) as usize, (index % CHUNK_ITEMS as u64) as usize)
-}
-
 /// Takes on batches that are new, and news of those that are known.
 async fn search(batches: &Batches, active: &mut HashMap<String, Active>) -> Result<()> {
     for (record, revision) in batches.ledger.batches().await? {
@@ -284,19 +147,16 @@ fn put_aside(active: &mut HashMap<String, Active>, id: &str, error: &efferent_bu
 }
 
 /// Cancels what is to be cancelled, looks at jobs of which nothing is heard, and releases items as far as there is room.
-async fn round(batches: &Batches, active: &mut HashMap<String, Active>) -> Result<()> {
-    let ids: Vec<String> = active.keys().cloned().collect();
+async fn round(batches: &Batches, active: &mut HashMap<String, Active>, turns: &mut Turns) -> Result<()> {
     let mut silent = Vec::new();
     for one in active.values_mut() {
         let cancelling = one.cancelling();
         if cancelling {
-            while let Some(index) = one.waiting() {
-                one.set(index, ItemState::Cancelled);
-            }
+            one.call_off();
         }
-        for (job_id, (_, heard)) in &mut one.open {
-            if heard.elapsed() >= PATIENCE {
-                *heard = Instant::now();
+        for (job_id, open) in &mut one.open {
+            if open.heard.elapsed() >= PATIENCE {
+                open.heard = Instant::now();
                 silent.push((job_id.clone(), cancelling));
             }
         }
@@ -313,60 +173,60 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>) -> Resul
     for (job_id, state) in looked {
         settle(active, &job_id, state?);
     }
-    // Batches take turns, so that none waits for another's end.
-    let mut room = AHEAD.0.max(AHEAD.1 * batches.directory.hand_capacity());
-    room = room.saturating_sub(active.values().map(|one| one.open.len()).sum());
-    let mut waiting = ids;
-    while room > 0 && !waiting.is_empty() {
-        let mut still = Vec::new();
-        for id in waiting {
-            let Some(one) = active.get_mut(&id).filter(|one| !one.cancelling()) else { continue };
-            if room == 0 {
-                break;
-            }
-            let share = room.min(AT_ONCE);
-            let drafts = match one.take(batches, share).await {
-                Ok(drafts) => drafts,
+    turns.forget(active);
+    // An item that cannot be released now is not tried again in this round.
+    let mut stuck = HashSet::new();
+    loop {
+        let mut taken = Vec::new();
+        while taken.len() < AT_ONCE {
+            look_ahead(batches, active, &stuck).await;
+            let Some(id) = turns.next(&batches.gate, &batches.directory, active, &stuck) else { break };
+            let head = active.get_mut(&id).and_then(Active::take);
+            taken.extend(head.map(|head| (id, head)));
+        }
+        if taken.is_empty() {
+            return Ok(());
+        }
+        let released = stream::iter(taken)
+            .map(|(id, head)| async move {
+                let released = release(batches, &id, &head).await;
+                (id, head, released)
+            })
+            .buffer_unordered(AT_ONCE)
+            .collect::<Vec<_>>()
+            .await;
+        for (id, head, released) in released {
+            match released {
+                Ok(true) => {}
+                Ok(false) => settle(active, &head.job_id, JobState::Failed),
                 Err(error) => {
-                    put_aside(active, &id, &error);
-                    continue;
-                }
-            };
-            let took = drafts.len();
-            room -= took;
-            let released = stream::iter(drafts)
-                .map(|(index, request)| {
-                    let id = id.as_str();
-                    async move { (index, release(batches, id, index, request).await) }
-                })
-                .buffer_unordered(AT_ONCE)
-                .collect::<Vec<_>>()
-                .await;
-            let mut stuck = false;
-            for (index, released) in released {
-                match released {
-                    Ok(true) => drop(one.open.insert(item_job_id(&id, index), (index, Instant::now()))),
-                    Ok(false) => one.set(index, ItemState::Failed),
-                    Err(error) => {
-                        tracing::debug!(batch_id = id, index, %error, "not released yet");
-                        one.set(index, ItemState::Waiting);
-                        one.next = one.next.min(index);
-                        stuck = true;
+                    tracing::debug!(batch_id = id, index = head.index, %error, "not released yet");
+                    if let Some(one) = active.get_mut(&id) {
+                        one.put_back(&head);
                     }
+                    stuck.insert(id);
                 }
-            }
-            if took == share && !stuck {
-                still.push(id);
             }
         }
-        waiting = still;
     }
-    Ok(())
+}
+
+/// Has every batch know which of its items comes next.
+async fn look_ahead(batches: &Batches, active: &mut HashMap<String, Active>, stuck: &HashSet<String>) {
+    let mut unread = Vec::new();
+    for (id, one) in active.iter_mut().filter(|(id, _)| !stuck.contains(*id)) {
+        if let Err(error) = one.look(batches).await {
+            unread.push((id.clone(), error));
+        }
+    }
+    for (id, error) in unread {
+        put_aside(active, &id, &error);
+    }
 }
 
 /// Makes an item a job. False if it can never be done: the job is made, as one that failed.
-async fn release(batches: &Batches, batch: &str, index: u64, mut request: GenerateRequest) -> Result<bool, ApiError> {
-    let id = item_job_id(batch, index);
+async fn release(batches: &Batches, batch: &str, head: &Head) -> Result<bool, ApiError> {
+    let (id, mut request) = (head.job_id.clone(), head.request.clone());
     request.set_lane(Lane::Batch);
     request.deadline = Some(time::proto_duration(crate::validate::MAX_DEADLINE));
     (request.preview_interval, request.inline_images) = (0, false);
@@ -407,56 +267,4 @@ async fn look(batches: &Batches, job_id: &str) -> Result<JobState> {
     let Some(record) = batches.ledger.job(job_id).await? else { return Ok(JobState::Failed) };
     let record = follow::expire(&batches.ledger, record).await?;
     Ok(record.job.as_ref().map(Job::state).unwrap_or_default())
-}
-
-/// Takes down how a job has ended, if it has.
-fn settle(active: &mut HashMap<String, Active>, job_id: &str, state: JobState) {
-    let state = match state {
-        JobState::Succeeded => ItemState::Succeeded,
-        JobState::Cancelled => ItemState::Cancelled,
-        state if is_final(state) => ItemState::Failed,
-        _ => return,
-    };
-    let Some(one) = active.values_mut().find(|one| one.open.contains_key(job_id)) else { return };
-    if let Some((index, _)) = one.open.remove(job_id) {
-        one.set(index, state);
-    }
-}
-
-/// Writes what has changed: chunks first, so that a batch never counts what its chunks do not say. What another has changed is dropped, and
-/// read again at the next search.
-async fn write(batches: &Batches, active: &mut HashMap<String, Active>) -> Result<()> {
-    let mut gone = Vec::new();
-    for (id, one) in active.iter_mut().filter(|(_, one)| one.changed) {
-        let mut ours = true;
-        let changed = one.chunks.iter().enumerate().filter(|(_, chunk)| chunk.changed);
-        let writes = changed.map(|(number, chunk)| {
-            let (record, revision, id) = (chunk.record.clone(), chunk.revision, id.clone());
-            async move { (number, batches.ledger.swap_chunk(&id, number as u64, &record, revision).await) }
-        });
-        let writes: Vec<_> = writes.collect();
-        let written: Vec<_> = stream::iter(writes).buffer_unordered(AT_ONCE).collect().await;
-        for (number, written) in written {
-            let written = written?;
-            ours &= written.is_some();
-            let chunk = &mut one.chunks[number];
-            (chunk.revision, chunk.changed) = (written.unwrap_or(chunk.revision), false);
-        }
-        if ours {
-            one.count();
-            one.record.batch = Some(one.batch.clone());
-            match batches.ledger.swap_batch(&one.record, one.revision).await? {
-                Some(revision) => one.revision = revision,
-                None => ours = false,
-            }
-            one.changed = false;
-        }
-        if !ours || is_over(one.batch.state()) {
-            gone.push(id.clone());
-        }
-    }
-    for id in gone {
-        active.remove(&id);
-    }
-    Ok(())
 }

@@ -1,17 +1,21 @@
 //! `BatchService`: many requests submitted together.
 //!
-//! Read in this order: [`submit`] (how a batch is stored), [`dispatch`] (how its items become jobs), [`lease`] (which coordinator does
-//! that), this file (what clients ask).
+//! Read in this order: [`submit`] (how a batch is stored), [`dispatch`] (how its items become jobs), [`turns`] and [`fair`] (in which order),
+//! [`active`] (a batch that is worked on), [`lease`] (which coordinator does that), [`retry`], this file (what clients ask).
 
+mod active;
 mod dispatch;
+mod fair;
 mod lease;
+mod retry;
 mod submit;
+mod turns;
 
 use std::time::{Duration, Instant};
 
 use efferent_bus::ledger::{
     Ledger,
-    batches::{CHUNK_ITEMS, Revised, batch_id, is_over, item_job_id},
+    batches::{CHUNK_ITEMS, Revised, batch_id, is_over, item_job_id, tries},
     encode, transition,
 };
 use efferent_proto::{
@@ -20,8 +24,8 @@ use efferent_proto::{
     names,
     v1::{
         Batch, BatchItem, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest, GetBatchRequest, ItemState,
-        ListBatchResultsRequest, SubmitBatchRequest, SubmitBatchResponse, WatchBatchRequest,
-        batch_service_server::BatchService,
+        ListBatchResultsRequest, RetryBatchRequest, RetryBatchResponse, SubmitBatchRequest, SubmitBatchResponse,
+        WatchBatchRequest, batch_service_server::BatchService,
     },
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
@@ -30,6 +34,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     directory::Directory,
     images::{Images, count, unavailable},
+    tenants::Gate,
 };
 
 pub use dispatch::dispatch;
@@ -38,6 +43,8 @@ pub use dispatch::dispatch;
 const LOOK: Duration = Duration::from_millis(250);
 /// Items whose jobs are read at once for a list.
 const READS: usize = 32;
+/// Jobs made, read or cancelled, and chunks read or written, at once.
+const AT_ONCE: usize = 16;
 
 /// The service.
 #[derive(Debug, Clone)]
@@ -45,6 +52,7 @@ pub struct Batches {
     ledger: Ledger,
     directory: Directory,
     images: Images,
+    gate: Gate,
 }
 
 fn unknown(id: &str) -> ApiError {
@@ -53,8 +61,8 @@ fn unknown(id: &str) -> ApiError {
 
 impl Batches {
     /// A service on these records, which makes jobs as `images` does.
-    pub fn new(ledger: Ledger, directory: Directory, images: Images) -> Self {
-        Self { ledger, directory, images }
+    pub fn new(ledger: Ledger, directory: Directory, images: Images, gate: Gate) -> Self {
+        Self { ledger, directory, images, gate }
     }
 
     async fn known(&self, id: &str) -> Result<Revised<BatchRecord>, ApiError> {
@@ -122,7 +130,7 @@ impl Batches {
         if let Some(refused) = chunk.refused.iter().find(|refused| refused.index == index) {
             item.error = refused.error.clone();
         } else if item.state() != ItemState::Waiting {
-            let job_id = item_job_id(id, index);
+            let job_id = item_job_id(id, index, tries(chunk, at));
             if let Some(record) = self.ledger.job(&job_id).await? {
                 let job = transition::public_job(&record);
                 (item.images, item.error) = (job.images, job.error);
@@ -215,5 +223,11 @@ impl BatchService for Batches {
         let started = Instant::now();
         let outcome = self.cancel(&request.into_inner().batch_id).await;
         count("CancelBatch", started, outcome).map(Response::new)
+    }
+
+    async fn retry_batch(&self, request: Request<RetryBatchRequest>) -> Result<Response<RetryBatchResponse>, Status> {
+        let started = Instant::now();
+        let outcome = self.retry(&request.into_inner().batch_id).await;
+        count("RetryBatch", started, outcome).map(Response::new)
     }
 }

@@ -1,8 +1,11 @@
 //! From a stream of items to a stored batch.
 
-use std::time::SystemTime;
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
 
-use efferent_bus::ledger::batches::{CHUNK_ITEMS, Stored, batch_id};
+use efferent_bus::ledger::batches::{CHUNK_ITEMS, Stored, batch_id, is_over};
 use efferent_proto::{
     ApiError,
     internal::{BatchRecord, IdempotencyRecord},
@@ -11,6 +14,7 @@ use efferent_proto::{
         Batch, BatchHeader, BatchState, ErrorCode, GenerateRequest, ItemError, SubmitBatchRequest, SubmitBatchResponse,
         submit_batch_request::Part,
     },
+    work,
 };
 use futures::{Stream, StreamExt as _, stream::FuturesUnordered};
 use tonic::Status;
@@ -18,6 +22,7 @@ use tonic::Status;
 use super::Batches;
 use crate::{
     images::unavailable,
+    scale, tenants,
     validate::{self, MAX_KEY_BYTES},
 };
 
@@ -41,9 +46,13 @@ impl Batches {
             return Err(invalid("header", "the first message of a batch must be its header"));
         };
         check(&header)?;
+        let tenant = tenants::named(&header.tenant)?;
+        self.gate.request(tenant)?;
         let (mut record, existing) = self.begin(&header).await?;
         let id = batch_id(&record).to_owned();
-        let mut intake = Intake::new(self, id.clone(), header.all_or_nothing);
+        let submitted = record.batch.as_ref().is_some_and(|batch| batch.state() != BatchState::Submitting);
+        let most = if submitted { u64::MAX } else { self.room(tenant).await? };
+        let mut intake = Intake::new(self, id.clone(), header.all_or_nothing, tenant, most);
         while let Some(part) = parts.next().await {
             match part.map_err(|status| ApiError::from(&status))?.part {
                 Some(Part::Items(items)) => {
@@ -58,7 +67,7 @@ impl Batches {
         if sums.count == 0 {
             return Err(invalid("items", "a batch needs at least one item"));
         }
-        if existing && record.batch.as_ref().is_some_and(|batch| batch.state() != BatchState::Submitting) {
+        if existing && submitted {
             if record.content != sums.content {
                 return Err(conflict(&id));
             }
@@ -75,6 +84,7 @@ impl Batches {
         record = batch;
         record.chunk_count = sums.chunks;
         record.content = sums.content;
+        record.units = sums.units;
         let batch = record.batch.get_or_insert_default();
         if batch.state() == BatchState::Submitting {
             batch.set_state(BatchState::Running);
@@ -87,6 +97,18 @@ impl Batches {
         self.wake().await;
         tracing::info!(batch_id = id, items = sums.count, failed = sums.failed, "batch submitted");
         Ok(SubmitBatchResponse { batch: record.batch, errors: sums.errors, existing })
+    }
+
+    /// How many more items may wait in a tenant's batches.
+    async fn room(&self, tenant: &str) -> Result<u64, ApiError> {
+        let most = self.gate.terms(tenant).queued;
+        if most == u64::MAX {
+            return Ok(most);
+        }
+        let batches = self.ledger.batches().await.map_err(unavailable)?;
+        let mine =
+            batches.iter().filter_map(|(record, _)| record.batch.as_ref()).filter(|batch| batch.tenant == tenant);
+        Ok(most.saturating_sub(mine.filter(|batch| !is_over(batch.state())).map(scale::waiting).sum()))
     }
 
     /// The batch that the key names, or a new one.
@@ -104,6 +126,7 @@ impl Batches {
         let mut batch = Batch {
             batch_id: id,
             name: header.name.clone(),
+            tenant: tenants::named(&header.tenant)?.to_owned(),
             created_at: Some(time::timestamp(SystemTime::now())),
             ..Batch::default()
         };
@@ -143,6 +166,9 @@ struct Intake<'a> {
     id: String,
     /// Whether one fault is the end, so that it need not be stored.
     strict: bool,
+    tenant: &'a str,
+    /// How many more items the tenant may have waiting.
+    most: u64,
     items: Vec<GenerateRequest>,
     refused: Vec<ItemError>,
     sums: Sums,
@@ -159,14 +185,17 @@ struct Sums {
     chunks: u64,
     errors: Vec<ItemError>,
     content: bytes::Bytes,
+    units: HashMap<String, f64>,
 }
 
 impl<'a> Intake<'a> {
-    fn new(batches: &'a Batches, id: String, strict: bool) -> Self {
+    fn new(batches: &'a Batches, id: String, strict: bool, tenant: &'a str, most: u64) -> Self {
         Self {
             batches,
             id,
             strict,
+            tenant,
+            most,
             items: Vec::new(),
             refused: Vec::new(),
             sums: Sums::default(),
@@ -183,14 +212,23 @@ impl<'a> Intake<'a> {
                 .field("items")
                 .limit(format!("1..={MAX_ITEMS}")));
         }
+        if index >= self.most {
+            let (tenant, most) = (self.tenant, self.most);
+            let message = format!("only {most} more items may wait in its batches now");
+            return Err(tenants::over(tenant, "queued", most, message, Duration::from_secs(60)));
+        }
         self.sums.count += 1;
-        if let Err(error) = self.batches.check_item(&item) {
-            self.sums.failed += 1;
-            let error = ItemError { index, error: Some(error.into()) };
-            if self.sums.errors.len() < MAX_TOLD {
-                self.sums.errors.push(error.clone());
+        match self.batches.check_item(&item) {
+            Ok(Some((model, units))) => *self.sums.units.entry(model).or_default() += units,
+            Ok(None) => {}
+            Err(error) => {
+                self.sums.failed += 1;
+                let error = ItemError { index, error: Some(error.into()) };
+                if self.sums.errors.len() < MAX_TOLD {
+                    self.sums.errors.push(error.clone());
+                }
+                self.refused.push(error);
             }
-            self.refused.push(error);
         }
         self.items.push(item);
         if self.items.len() == CHUNK_ITEMS {
@@ -242,11 +280,14 @@ impl<'a> Intake<'a> {
 }
 
 impl Batches {
-    /// What is wrong with an item, as far as can be told before it is its turn.
-    fn check_item(&self, item: &GenerateRequest) -> Result<(), ApiError> {
+    /// What is wrong with an item, as far as can be told before it is its turn; if nothing is, its model and units of work, if they are known.
+    fn check_item(&self, item: &GenerateRequest) -> Result<Option<(String, f64)>, ApiError> {
         validate::syntax(item)?;
         if !item.idempotency_key.is_empty() {
             return Err(invalid("idempotency_key", "an item has no idempotency key of its own; the batch has one"));
+        }
+        if !item.tenant.is_empty() {
+            return Err(invalid("tenant", "an item has no tenant of its own; the batch has one"));
         }
         let model = match self.directory.choose(&item.model) {
             Ok(model) => Some(model),
@@ -254,6 +295,8 @@ impl Batches {
             Err(error) if error.code == ErrorCode::NoWorker => self.directory.known(&item.model),
             Err(error) => return Err(error),
         };
-        model.map_or(Ok(()), |model| validate::resolve(item.clone(), &model, self.images.default_deadline()).map(drop))
+        let Some(model) = model else { return Ok(None) };
+        let request = validate::resolve(item.clone(), &model, self.images.default_deadline())?;
+        Ok(Some((model.name, work::request_units(&request))))
     }
 }

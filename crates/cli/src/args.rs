@@ -128,9 +128,12 @@ pub(crate) struct Generate {
     /// Submit, print the job's id, and leave. Needs --server.
     #[arg(long)]
     pub(crate) detach: bool,
+    /// Only ask how long it would take, by what the workers measured and what waits now. Needs --server.
+    #[arg(long, conflicts_with = "detach")]
+    pub(crate) quote: bool,
     /// Work in this process even if a server is configured.
     #[cfg(feature = "local")]
-    #[arg(long, conflicts_with_all = ["server", "detach"])]
+    #[arg(long, conflicts_with_all = ["server", "detach", "quote"])]
     pub(crate) local: bool,
     /// Print events as JSON, one object a line: "event" is accepted, queued, conditioning, rendering, step, preview, image (with
     /// "path"), done, failed or error.
@@ -220,6 +223,8 @@ pub(crate) enum BatchDo {
     Show(Batch),
     /// Stop a batch
     Cancel(Batch),
+    /// Give the failed items of a batch another try
+    Retry(Batch),
 }
 
 /// `efferent batch submit`.
@@ -349,6 +354,7 @@ pub(crate) fn command() -> Command {
         ("fetch", &[Group::Server]),
         ("show", &[Group::Server]),
         ("cancel", &[Group::Server]),
+        ("retry", &[Group::Server]),
     ] {
         command = command.mut_subcommand("batch", |batch| {
             batch.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))

@@ -157,6 +157,8 @@ fn exit_of(code: ErrorCode) -> Exit {
         ErrorCode::NoWorker
         | ErrorCode::QueueFull
         | ErrorCode::TooManyRequests
+        | ErrorCode::QuotaExceeded
+        | ErrorCode::DeadlineUnmeetable
         | ErrorCode::BusUnavailable
         | ErrorCode::Stopping => Exit::Unavailable,
         ErrorCode::Cancelled => Exit::Cancelled,

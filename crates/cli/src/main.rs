@@ -114,10 +114,11 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         Do::Job(args) => jobs::show(server()?, args).await,
         Do::Cancel(args) => jobs::cancel(server()?, args).await,
         Do::Image(args) => jobs::image(server()?, args).await,
-        Do::Batch(args::BatchDo::Submit(args)) => batch::submit(server()?, args, &settings.client.model).await,
+        Do::Batch(args::BatchDo::Submit(args)) => batch::submit(server()?, args, &settings.client).await,
         Do::Batch(args::BatchDo::Fetch(args)) => batch::fetch(server()?, args).await,
         Do::Batch(args::BatchDo::Show(args)) => batch::show(server()?, args).await,
         Do::Batch(args::BatchDo::Cancel(args)) => batch::cancel(server()?, args).await,
+        Do::Batch(args::BatchDo::Retry(args)) => batch::retry(server()?, args).await,
         other => Err(Failure::words(Exit::Failed, format!("{other:?} has no place here"))),
     }
 }
@@ -129,13 +130,18 @@ async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Fail
     let named = settings.client.server.as_str();
     #[cfg(feature = "local")]
     if named.is_empty() || args.local {
-        if args.detach {
-            return Err(Failure::words(Exit::Usage, "--detach needs a --server that goes on with the job"));
+        if args.detach || args.quote {
+            let message = "--detach needs a --server that goes on with the job, and --quote one that knows its workers";
+            return Err(Failure::words(Exit::Usage, message));
         }
         return local::private::run(settings, args, &plan, progress).await;
     }
     let server = Server::parse(if named.is_empty() { client::USUAL } else { named })?;
-    let request = generate::request(args, &settings.client.model, &plan);
+    let request = generate::request(args, &settings.client, &plan);
+    if args.quote {
+        progress.clear();
+        return generate::quote(server, request, args.json).await;
+    }
     generate::run(Follow::submit(server, request), args, &plan, progress, std::future::pending()).await
 }
 
@@ -149,7 +155,7 @@ fn wants_json(command: &Do) -> bool {
         Do::Job(args) | Do::Cancel(args) => args.json,
         Do::Batch(args::BatchDo::Submit(args)) => args.json,
         Do::Batch(args::BatchDo::Fetch(args)) => args.json,
-        Do::Batch(args::BatchDo::Show(args) | args::BatchDo::Cancel(args)) => args.json,
+        Do::Batch(args::BatchDo::Show(args) | args::BatchDo::Cancel(args) | args::BatchDo::Retry(args)) => args.json,
         _ => false,
     }
 }

@@ -18,6 +18,7 @@ const COUNTERS: &[Meter] = &[
     ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
     ("efferent_dead_letters_total", "Tasks that failed for good, by queue"),
     ("efferent_signal_cache_total", "Prompts looked for among the cached control signals, by result (hit or miss)"),
+    ("efferent_quota_refusals_total", "Requests refused because a tenant had what it may, by quota"),
     ("efferent_engine_panics_total", "Times that the engine panicked and was built anew"),
 ];
 
@@ -29,7 +30,21 @@ const GAUGES: &[Meter] = &[
         "efferent_queue_oldest_age_seconds",
         "Since when the oldest task has been in the queue, by queue, as a coordinator measured",
     ),
+    ("efferent_stage_workers", "Live workers, by stage (brain or hand) and model, as a coordinator sees them"),
+    (
+        "efferent_stage_backlog_seconds",
+        "Time until the stage's workers have done what waits in queues and batches, by stage and model",
+    ),
+    (
+        "efferent_stage_utilisation",
+        "Part of the time in which the stage's workers are at work, 0 to 1, by stage and model",
+    ),
+    (
+        "efferent_stage_advised_workers",
+        "Workers that would keep up with what comes and work off what waits within a minute, by stage and model",
+    ),
     ("efferent_worker_in_flight", "Tasks that this worker holds"),
+    ("efferent_worker_utilisation", "Part of the last seconds in which this worker was at work, 0 to 1"),
 ];
 
 const HISTOGRAMS: &[Meter] = &[

@@ -3,7 +3,7 @@
 //! Read in this order: [`engine`] (the contract that every brain and hand implements), [`signal`] (the control signal between them),
 //! [`pipeline`] (a model folder: which brain, connector and hand go together), [`weights`] (safetensors and GGUF, checked),
 //! [`nn`] (building blocks of models), [`thread`] (the OS thread that owns an engine), [`intake`] (pulling from lanes), [`task`] (a
-//! leased task and its duties), [`lifecycle`] (registration, heartbeat, drain), [`sim`] (what simulated engines agree on), [`testing`] (the conformance kit).
+//! leased task and its duties), [`lifecycle`] (registration, heartbeat, drain), [`stage_time`] (what work takes), [`sim`] (what simulated engines agree on), [`testing`] (the conformance kit).
 //!
 //! Deliberately absent: any particular model (those are families in the workers), and anything of gRPC.
 
@@ -14,6 +14,7 @@ pub mod nn;
 pub mod pipeline;
 pub mod signal;
 pub mod sim;
+pub mod stage_time;
 pub mod task;
 pub mod testing;
 pub mod thread;

@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use efferent_bus::ledger::Ledger;
@@ -14,6 +14,8 @@ use efferent_proto::{
     v1::{Model, Worker, WorkerRole, WorkerState},
 };
 use tokio::{sync::Notify, task::AbortHandle};
+
+use crate::stage_time::StageClock;
 
 /// How long a worker that is not heard of counts as alive.
 pub const TIME_TO_LIVE: Duration = Duration::from_secs(10);
@@ -47,6 +49,7 @@ pub struct Member {
 struct Shared {
     worker: Mutex<Worker>,
     in_flight: AtomicU32,
+    clock: StageClock,
     changed: Notify,
 }
 
@@ -54,6 +57,7 @@ impl Shared {
     fn worker(&self) -> Worker {
         let mut worker = self.worker.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
         worker.in_flight = self.in_flight.load(Ordering::Relaxed);
+        worker.time = self.clock.tell(Instant::now());
         worker
     }
 }
@@ -83,8 +87,12 @@ impl Member {
             ledger.register_model(model).await?;
         }
         ledger.register_worker(&worker, TIME_TO_LIVE).await?;
-        let shared =
-            Arc::new(Shared { worker: Mutex::new(worker), in_flight: AtomicU32::new(0), changed: Notify::new() });
+        let shared = Arc::new(Shared {
+            worker: Mutex::new(worker),
+            in_flight: AtomicU32::new(0),
+            clock: StageClock::default(),
+            changed: Notify::new(),
+        });
         let heartbeat = tokio::spawn(beat(ledger.clone(), shared.clone())).abort_handle();
         Ok(Self { id, ledger, shared, heartbeat })
     }
@@ -97,7 +105,13 @@ impl Member {
     /// Counts a task as held until the guard is dropped.
     pub fn hold(&self) -> InFlight {
         self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.shared.clock.begin(Instant::now());
         InFlight(self.shared.clone())
+    }
+
+    /// Takes down that work was done: units as [`efferent_proto::v1::StageTime`] counts them, and how long they took together.
+    pub fn done(&self, units: f64, elapsed: Duration) {
+        self.shared.clock.done(units, elapsed);
     }
 
     /// Says that no more work is taken.
@@ -128,6 +142,7 @@ pub struct InFlight(Arc<Shared>);
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.0.clock.end(Instant::now());
     }
 }
 
@@ -139,6 +154,7 @@ async fn beat(ledger: Ledger, shared: Arc<Shared>) {
         }
         let worker = shared.worker();
         metrics::gauge!("efferent_worker_in_flight").set(f64::from(worker.in_flight));
+        metrics::gauge!("efferent_worker_utilisation").set(worker.time.map_or(0.0, |time| time.utilisation));
         if let Err(error) = ledger.register_worker(&worker, TIME_TO_LIVE).await {
             tracing::warn!(%error, "heartbeat failed");
         }

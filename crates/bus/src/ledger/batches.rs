@@ -29,9 +29,15 @@ pub fn is_over(state: BatchState) -> bool {
     matches!(state, BatchState::Ended | BatchState::Cancelled)
 }
 
-/// The id of the job that does an item: the same whoever releases it.
-pub fn item_job_id(batch_id: &str, index: u64) -> String {
-    let hash = blake3::hash(format!("{batch_id}/{index}").as_bytes());
+/// How often an item was given another try, by its place in its chunk.
+pub fn tries(chunk: &ChunkRecord, at: usize) -> u8 {
+    chunk.tries.get(at).copied().unwrap_or(0)
+}
+
+/// The id of the job that does an item: the same whoever releases it, another one for each try.
+pub fn item_job_id(batch_id: &str, index: u64, tries: u8) -> String {
+    let text = if tries == 0 { format!("{batch_id}/{index}") } else { format!("{batch_id}/{index}/{tries}") };
+    let hash = blake3::hash(text.as_bytes());
     let mut digest = [0; 16];
     digest.copy_from_slice(&hash.as_bytes()[..16]);
     names::derived_job_id(batch_id, digest)
@@ -44,6 +50,15 @@ pub enum Stored {
     Yes(String),
     /// Other items are stored in its place.
     Conflict,
+}
+
+/// Items of a chunk that get another try.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Retried {
+    /// Those that had failed until now.
+    pub retried: u64,
+    /// All that wait now.
+    pub waiting: u64,
 }
 
 impl Ledger {
@@ -107,7 +122,7 @@ impl Ledger {
         }
         let retention = Some(self.options.retention);
         let items = self.bus.put_object(encode(&BatchItems { items }), retention).await?;
-        let record = ChunkRecord { items: items.clone(), states: states.into(), refused };
+        let record = ChunkRecord { items: items.clone(), states: states.into(), refused, tries: Bytes::new() };
         let key = names::chunk_key(batch_id, number);
         if self.bus.create(Bucket::Chunks, &key, encode(&record), retention).await?.is_some() {
             return Ok(Stored::Yes(items));
@@ -133,6 +148,45 @@ impl Ledger {
     ) -> Result<Option<u64>> {
         let key = names::chunk_key(batch_id, number);
         self.bus.swap(Bucket::Chunks, &key, encode(record), revision, Some(self.options.retention)).await
+    }
+
+    /// Has the failed items of a chunk wait for another try, however many others change it at the same time.
+    pub async fn retry_chunk(&self, batch_id: &str, number: u64) -> Result<Retried> {
+        for _ in 0..super::MAX_SWAPS {
+            let Some((mut record, revision)) = self.chunk(batch_id, number).await? else {
+                return Ok(Retried::default());
+            };
+            let first = number * CHUNK_ITEMS as u64;
+            let refused = |at: usize| record.refused.iter().any(|refused| refused.index == first + at as u64);
+            let failed: Vec<usize> = record
+                .states
+                .iter()
+                .enumerate()
+                .filter(|(_, state)| **state == ItemState::Failed as u8)
+                .map(|(at, _)| at)
+                .filter(|at| !refused(*at) && tries(&record, *at) < u8::MAX)
+                .collect();
+            let mut states = record.states.to_vec();
+            let waiting = states.iter().filter(|state| **state == ItemState::Waiting as u8).count() + failed.len();
+            let retried = Retried { retried: failed.len() as u64, waiting: waiting as u64 };
+            if failed.is_empty() {
+                return Ok(retried);
+            }
+            let mut tries = record.tries.to_vec();
+            tries.resize(states.len(), 0);
+            for at in failed {
+                states[at] = ItemState::Waiting as u8;
+                tries[at] += 1;
+            }
+            (record.states, record.tries) = (states.into(), tries.into());
+            if self.swap_chunk(batch_id, number, &record, revision).await?.is_some() {
+                return Ok(retried);
+            }
+        }
+        Err(Error::Unavailable {
+            what: format!("chunk {number} of batch {batch_id} changed all the time while it was being changed"),
+            source: None,
+        })
     }
 
     /// A chunk's items.

@@ -14,8 +14,8 @@ use efferent_proto::{
     names,
     v1::{
         Batch, BatchHeader, BatchItem, BatchItems, BatchState, CancelBatchRequest, GenerateRequest, GetBatchRequest,
-        GetImageRequest, ItemState, ListBatchResultsRequest, SubmitBatchRequest, SubmitBatchResponse,
-        WatchBatchRequest, batch_service_client::BatchServiceClient, submit_batch_request::Part,
+        GetImageRequest, ItemState, ListBatchResultsRequest, RetryBatchRequest, SubmitBatchRequest,
+        SubmitBatchResponse, WatchBatchRequest, batch_service_client::BatchServiceClient, submit_batch_request::Part,
     },
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -28,7 +28,7 @@ use crate::{
     args::{self, Format},
     client::{Server, files, images, json},
     exit::{Exit, Failure},
-    output,
+    output, settings,
 };
 
 /// Items of one message: below gRPC's usual limit of 4 MiB even if each is as long as allowed.
@@ -88,13 +88,17 @@ fn client(channel: Channel) -> BatchServiceClient<Channel> {
 ///
 /// # Errors
 /// If the file or the batch is refused, or as [`fetch`].
-pub(crate) async fn submit(mut server: Server, args: &args::BatchSubmit, model: &str) -> Result<(), Failure> {
+pub(crate) async fn submit(
+    mut server: Server,
+    args: &args::BatchSubmit,
+    settings: &settings::Client,
+) -> Result<(), Failure> {
     let name = args.file.display().to_string();
     let text = read(&args.file)?;
     let mut faults = Vec::new();
     let mut items = Vec::new();
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        match item(line, model) {
+        match item(line, &settings.model) {
             Ok(item) => items.push(item),
             Err(error) => faults.push(format!("{name}:{}: {error}", number + 1)),
         }
@@ -115,6 +119,7 @@ pub(crate) async fn submit(mut server: Server, args: &args::BatchSubmit, model: 
         idempotency_key: key,
         name: args.name.clone().unwrap_or(name),
         all_or_nothing: args.all_or_nothing,
+        tenant: settings.tenant.clone(),
     };
     let answer = send(&mut server, &header, &items).await?;
     for fault in answer.errors.iter().take(MAX_TOLD) {
@@ -390,6 +395,8 @@ fn batch_json(batch: &Batch) -> Value {
     json!({
         "batch_id": batch.batch_id,
         "name": batch.name,
+        "tenant": batch.tenant,
+        "retries": batch.retries,
         "state": json::short(batch.state().as_str_name(), "BATCH_STATE_"),
         "item_count": batch.item_count,
         "running": batch.running,
@@ -419,6 +426,18 @@ pub(crate) async fn cancel(mut server: Server, args: &args::Batch) -> Result<(),
     let request = CancelBatchRequest { batch_id: args.batch.clone() };
     let answer = client(server.connect().await?).cancel_batch(request).await;
     print(&answer.map_err(|status| Failure::status(&status))?.into_inner(), args.json)
+}
+
+/// Gives failed items another try.
+///
+/// # Errors
+/// If it is unknown or was cancelled.
+pub(crate) async fn retry(mut server: Server, args: &args::Batch) -> Result<(), Failure> {
+    let request = RetryBatchRequest { batch_id: args.batch.clone() };
+    let answer = client(server.connect().await?).retry_batch(request).await;
+    let answer = answer.map_err(|status| Failure::status(&status))?.into_inner();
+    output::note(format_args!("{} items are tried again", answer.items));
+    print(&answer.batch.unwrap_or_default(), args.json)
 }
 
 fn print(batch: &Batch, json: bool) -> Result<(), Failure> {

@@ -53,7 +53,7 @@ pub(crate) async fn list_workers(mut server: Server, as_json: bool) -> Result<()
     if as_json {
         return output::line(json!({ "workers": workers.iter().map(json::worker).collect::<Vec<_>>() }));
     }
-    let mut rows = vec![row(["ID", "ROLE", "STATE", "MODELS", "DEVICES", "IN HAND", "HOST", "PID"])];
+    let mut rows = vec![row(["ID", "ROLE", "STATE", "MODELS", "DEVICES", "IN HAND", "BUSY", "HOST", "PID"])];
     rows.extend(workers.iter().map(|worker| {
         let models: Vec<_> = worker.models.iter().map(|model| model.name.as_str()).collect();
         let simulated = if worker.simulated { " (simulated)" } else { "" };
@@ -64,6 +64,7 @@ pub(crate) async fn list_workers(mut server: Server, as_json: bool) -> Result<()
             format!("{}{simulated}", models.join(",")),
             worker.devices.join(","),
             format!("{} of {}", worker.in_flight, worker.capacity),
+            worker.time.map_or_else(|| "-".to_owned(), |time| format!("{:.0} %", time.utilisation * 100.0)),
             worker.host.clone(),
             worker.pid.to_string(),
         ]

@@ -10,22 +10,23 @@ use tokio::signal::ctrl_c;
 
 use crate::{
     args,
-    client::{files::Plan, follow::Follow, json, progress::Progress},
+    client::{Server, files::Plan, follow::Follow, images, json, progress::Progress},
     exit::{Exit, Failure},
-    output,
+    output, settings,
 };
 
 /// How long to wait for a cancellation's answer after Ctrl-C.
 const CANCEL_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// The request that was typed.
-pub(crate) fn request(args: &args::Generate, model: &str, plan: &Plan) -> GenerateRequest {
+pub(crate) fn request(args: &args::Generate, settings: &settings::Client, plan: &Plan) -> GenerateRequest {
     // A key of our own makes it safe to send the request again when an answer is lost.
     let key = args.idempotency_key.clone().unwrap_or_else(|| format!("cli-{}", names::new_job_id()));
     let mut request = GenerateRequest {
         prompt: args.prompt.clone(),
         negative_prompt: args.negative.clone().unwrap_or_default(),
-        model: model.to_owned(),
+        model: settings.model.clone(),
+        tenant: settings.tenant.clone(),
         size: args.size,
         steps: args.steps,
         guidance_scale: args.guidance,
@@ -41,6 +42,22 @@ pub(crate) fn request(args: &args::Generate, model: &str, plan: &Plan) -> Genera
     request.set_format(plan.format.proto());
     request.set_lane(args.lane.proto());
     request
+}
+
+/// Prints how long a request would take.
+///
+/// # Errors
+/// If the server cannot be asked, or would refuse the request.
+pub(crate) async fn quote(mut server: Server, request: GenerateRequest, as_json: bool) -> Result<(), Failure> {
+    let answer = images(server.connect().await?).quote(request).await;
+    let quotation = answer.map_err(|status| Failure::status(&status))?.into_inner();
+    if as_json {
+        return output::line(json::quotation(&quotation));
+    }
+    let seconds = |duration| json::seconds(duration).unwrap_or(0.0);
+    let (start, finish) = (seconds(quotation.start_in.as_ref()), seconds(quotation.finish_in.as_ref()));
+    let guess = if quotation.measured { "" } else { " (a guess: no worker has measured anything yet)" };
+    output::line(format_args!("begins in about {start:.1} s, done in about {finish:.1} s{guess}"))
 }
 
 /// Follows a submitted job to its end and writes its pictures. `broken` ends it early: what should serve the job has failed.

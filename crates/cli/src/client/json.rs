@@ -6,7 +6,7 @@ use efferent_proto::{
     time,
     v1::{
         Error, ErrorCode, GenerateRequest, GetStatusResponse, Image, ImageFormat, Job, JobEvent, JobState, Lane, Model,
-        Size, Worker, WorkerRole, WorkerState, job_event::Event,
+        Quotation, Size, Worker, WorkerRole, WorkerState, job_event::Event,
     },
 };
 use serde_json::{Map, Value, json};
@@ -41,7 +41,8 @@ pub(crate) fn ms(timestamp: Option<&prost_types::Timestamp>) -> Option<i64> {
     timestamp.map(|timestamp| time::unix_ms(time::system_time(timestamp)))
 }
 
-fn seconds(duration: Option<&prost_types::Duration>) -> Option<f64> {
+/// Seconds.
+pub(crate) fn seconds(duration: Option<&prost_types::Duration>) -> Option<f64> {
     duration.and_then(time::duration).map(|duration| duration.as_secs_f64())
 }
 
@@ -201,6 +202,23 @@ pub(crate) fn worker(worker: &Worker) -> Value {
         "version": worker.version,
         "started_at_ms": ms(worker.started_at.as_ref()),
         "simulated": worker.simulated,
+        "time": worker.time.map(|time| json!({
+            "seconds_per_unit": time.seconds_per_unit,
+            "busy_seconds_per_unit": time.busy_seconds_per_unit,
+            "utilisation": time.utilisation,
+        })),
+    })
+}
+
+/// How long a request would take.
+pub(crate) fn quotation(quotation: &Quotation) -> Value {
+    json!({
+        "start_in_seconds": seconds(quotation.start_in.as_ref()),
+        "finish_in_seconds": seconds(quotation.finish_in.as_ref()),
+        "brain_backlog_seconds": quotation.brain_backlog_seconds,
+        "hand_backlog_seconds": quotation.hand_backlog_seconds,
+        "hand_seconds": quotation.hand_seconds,
+        "measured": quotation.measured,
     })
 }
 

@@ -15,7 +15,7 @@ use crate::{
         engines::Engines,
         serve::{Services, embedded, provide_weights},
     },
-    settings::Settings,
+    settings::{Client, Settings},
 };
 
 /// How often to ask whether the model is served.
@@ -50,7 +50,8 @@ pub(crate) async fn run(
         live = live(&mut server, engines.name()) => live?,
         failure = services.broken() => return Err(failure),
     }
-    let request = generate::request(args, engines.name(), plan);
+    let client = Client { model: engines.name().to_owned(), ..settings.client.clone() };
+    let request = generate::request(args, &client, plan);
     let follow = Follow::submit(server, request);
     progress.stage("submitting");
     generate::run(follow, args, plan, progress, services.broken()).await

@@ -32,6 +32,8 @@ pub(crate) struct Client {
     pub(crate) server: String,
     /// The model; empty to leave the choice to the server.
     pub(crate) model: String,
+    /// On whose account; empty for the default one.
+    pub(crate) tenant: String,
 }
 
 /// All settings, and where each came from.

@@ -122,6 +122,13 @@ const CLIENT: &[Setting] = &[
          work in this process if none is given; other commands then ask http://127.0.0.1:50051",
     ),
     setting(
+        Group::Server,
+        "tenant",
+        "tenant",
+        "NAME",
+        "On whose account requests and batches are: shares and quotas go by it",
+    ),
+    setting(
         Group::Model,
         "model",
         "model",
@@ -208,6 +215,15 @@ const LOCAL: &[Setting] = &[
         "coordinator-grace",
         "TIME",
         "How long a stop waits for calls in progress",
+    ),
+    setting(
+        Group::Coordinator,
+        "coordinator.tenants",
+        "tenants",
+        "TERMS",
+        "Shares and quotas, such as 'studio weight=4 queued=200000; * running=64 rate=20': weight in the sharing of hands among batches, most \
+         items waiting in batches, most items of batches running and (apart) streams open at a coordinator, most requests a second at a \
+         coordinator; * stands for tenants that are not named",
     ),
     setting(
         Group::Admin,
