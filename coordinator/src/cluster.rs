@@ -7,7 +7,7 @@ use efferent_proto::{
     ApiError, names, time,
     v1::{
         ErrorCode, GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse, ListWorkersRequest,
-        ListWorkersResponse, Model, Queue, WorkerRole, cluster_service_server::ClusterService,
+        ListWorkersResponse, Model, Queue, StageLoad, WorkerRole, cluster_service_server::ClusterService,
     },
 };
 use tonic::{Request, Response, Status};
@@ -50,19 +50,26 @@ impl Cluster {
         }
         Ok(queues)
     }
+    /// What each stage has to do.
+    async fn stages(&self, queues: &[Queue]) -> efferent_bus::Result<Vec<StageLoad>> {
+        let waiting = scale::waiting_in_batches(&self.ledger).await?;
+        let models = self.directory.models();
+        let loads = models.iter().flat_map(|model| {
+            let loads = scale::loads(&self.directory, model, queues, waiting(&model.name));
+            loads.map(|(role, load)| load.told(role, &model.name))
+        });
+        Ok(loads.collect())
+    }
+
     /// Tells autoscalers what each stage has to do.
     pub(crate) async fn tell_loads(&self, queues: &[Queue]) -> efferent_bus::Result<()> {
-        let waiting = scale::waiting_in_batches(&self.ledger).await?;
-        for model in self.directory.models() {
-            for (role, load) in scale::loads(&self.directory, &model, queues, waiting(&model.name)) {
-                let stage = if role == WorkerRole::Brain { "brain" } else { "hand" };
-                let labels = [("stage", stage.to_owned()), ("model", model.name.clone())];
-                let utilisation = load.stage.time.map_or(0.0, |time| time.utilisation);
-                metrics::gauge!("efferent_stage_workers", &labels).set(load.stage.workers as f64);
-                metrics::gauge!("efferent_stage_backlog_seconds", &labels).set(load.seconds());
-                metrics::gauge!("efferent_stage_utilisation", &labels).set(utilisation);
-                metrics::gauge!("efferent_stage_advised_workers", &labels).set(f64::from(load.advised()));
-            }
+        for load in self.stages(queues).await? {
+            let stage = if load.role() == WorkerRole::Brain { "brain" } else { "hand" };
+            let labels = [("stage", stage.to_owned()), ("model", load.model)];
+            metrics::gauge!("efferent_stage_workers", &labels).set(f64::from(load.workers));
+            metrics::gauge!("efferent_stage_backlog_seconds", &labels).set(load.backlog_seconds);
+            metrics::gauge!("efferent_stage_utilisation", &labels).set(load.utilisation);
+            metrics::gauge!("efferent_stage_advised_workers", &labels).set(f64::from(load.advised_workers));
         }
         Ok(())
     }
@@ -90,12 +97,14 @@ impl ClusterService for Cluster {
     }
 
     async fn get_status(&self, _: Request<GetStatusRequest>) -> Result<Response<GetStatusResponse>, Status> {
-        let queues = self.queues().await;
-        let queues = queues.map_err(|error| ApiError::new(ErrorCode::BusUnavailable, error.to_string()))?;
+        let unavailable = |error: efferent_bus::Error| ApiError::new(ErrorCode::BusUnavailable, error.to_string());
+        let queues = self.queues().await.map_err(unavailable)?;
+        let stages = self.stages(&queues).await.map_err(unavailable)?;
         Ok(Response::new(GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             bus: self.ledger.bus().kind().to_owned(),
             queues,
+            stages,
             workers: self.directory.workers().len() as u32,
             started_at: Some(time::timestamp(self.started_at)),
             open_streams: self.images.open_streams(),

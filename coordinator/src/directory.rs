@@ -125,7 +125,7 @@ impl Directory {
     pub fn stage(&self, role: WorkerRole, model: &Model) -> Stage {
         self.read(|state| {
             let serves = |worker: &&Worker| worker.models.iter().any(|served| served.name == model.name);
-            Stage::of(state.ready(role).filter(serves).map(|worker| (worker.capacity, worker.time)))
+            Stage::of(state.ready(role).filter(serves))
         })
     }
 

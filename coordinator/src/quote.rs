@@ -5,7 +5,7 @@ use std::time::Duration;
 use efferent_bus::Depth;
 use efferent_proto::{
     ApiError, names, time,
-    v1::{ErrorCode, GenerateRequest, Model, Quotation, StageTime, WorkerRole},
+    v1::{ErrorCode, GenerateRequest, Model, Quotation, StageTime, Worker, WorkerRole},
     work,
 };
 
@@ -23,18 +23,21 @@ pub struct Stage {
     pub workers: usize,
     /// Tasks that they take at once, all together.
     pub capacity: usize,
+    /// Tasks that they hold.
+    pub in_flight: u32,
     /// What work takes, on average over those that have measured it.
     pub time: Option<StageTime>,
 }
 
 impl Stage {
-    /// Of workers: capacity of each and what it measured.
-    pub fn of(workers: impl Iterator<Item = (u32, Option<StageTime>)>) -> Self {
+    /// The stage that these workers are.
+    pub fn of<'a>(workers: impl Iterator<Item = &'a Worker>) -> Self {
         let (mut stage, mut measured, mut sum) = (Self::default(), 0.0, StageTime::default());
-        for (capacity, time) in workers {
+        for worker in workers {
             stage.workers += 1;
-            stage.capacity += capacity as usize;
-            if let Some(time) = time {
+            stage.capacity += worker.capacity as usize;
+            stage.in_flight += worker.in_flight;
+            if let Some(time) = worker.time {
                 measured += 1.0;
                 sum.seconds_per_unit += time.seconds_per_unit;
                 sum.busy_seconds_per_unit += time.busy_seconds_per_unit;
@@ -139,7 +142,7 @@ mod tests {
 
     fn stage(workers: usize, capacity: usize, seconds: f64, busy: f64) -> Stage {
         let time = StageTime { seconds_per_unit: seconds, busy_seconds_per_unit: busy, utilisation: 1.0 };
-        Stage { workers, capacity, time: Some(time) }
+        Stage { workers, capacity, time: Some(time), ..Stage::default() }
     }
 
     fn seconds(duration: Option<prost_types::Duration>) -> f64 {

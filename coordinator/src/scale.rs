@@ -6,7 +6,7 @@ use efferent_bus::ledger::Ledger;
 use efferent_bus::ledger::batches::is_over;
 use efferent_proto::{
     names,
-    v1::{Batch, Model, Queue, WorkerRole},
+    v1::{Batch, Model, Queue, StageLoad, WorkerRole},
 };
 
 use crate::{directory::Directory, quote::Stage};
@@ -29,6 +29,20 @@ impl Load {
     /// Seconds until it is worked off by the workers there are.
     pub fn seconds(&self) -> f64 {
         self.backlog / self.stage.workers.max(1) as f64
+    }
+
+    /// As clients see it.
+    pub fn told(&self, role: WorkerRole, model: &str) -> StageLoad {
+        StageLoad {
+            role: role.into(),
+            model: model.to_owned(),
+            workers: self.stage.workers as u32,
+            capacity: self.stage.capacity as u32,
+            in_flight: self.stage.in_flight,
+            utilisation: self.stage.time.map_or(0.0, |time| time.utilisation),
+            backlog_seconds: self.seconds(),
+            advised_workers: self.advised(),
+        }
     }
 
     /// How many workers would keep up with what comes and work off what waits. At least one, as long as there is one: a model that nobody
@@ -91,7 +105,7 @@ mod tests {
 
     fn load(workers: usize, utilisation: f64, backlog: f64) -> Load {
         let time = StageTime { seconds_per_unit: 1.0, busy_seconds_per_unit: 1.0, utilisation };
-        Load { stage: Stage { workers, capacity: workers, time: Some(time) }, backlog }
+        Load { stage: Stage { workers, capacity: workers, time: Some(time), ..Stage::default() }, backlog }
     }
 
     #[test]

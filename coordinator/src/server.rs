@@ -5,7 +5,7 @@ use std::time::Duration;
 use efferent_bus::ledger::Ledger;
 use efferent_proto::v1::{
     batch_service_server::BatchServiceServer, cluster_service_server::ClusterServiceServer,
-    image_service_server::ImageServiceServer,
+    image_service_server::ImageServiceServer, object_service_server::ObjectServiceServer,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use futures::StreamExt as _;
@@ -18,6 +18,7 @@ use crate::{
     cluster::Cluster,
     directory::Directory,
     images::Images,
+    objects::Objects,
     tenants::{Gate, Tenants},
 };
 
@@ -83,10 +84,12 @@ pub async fn run(
     let gate = Gate::new(options.tenants.clone());
     let images = Images::new(ledger.clone(), directory.clone(), gate.clone(), options, shutdown.clone());
     let batches = Batches::new(ledger.clone(), directory.clone(), images.clone(), gate);
+    let objects = Objects::new(ledger.clone());
     let cluster = Cluster::new(ledger, directory, images.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ImageServiceServer<Images>>().await;
     health.set_serving::<BatchServiceServer<Batches>>().await;
+    health.set_serving::<ObjectServiceServer<Objects>>().await;
     health.set_serving::<ClusterServiceServer<Cluster>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -109,6 +112,7 @@ pub async fn run(
         .add_service(reflection().build_v1alpha()?)
         .add_service(ImageServiceServer::new(images))
         .add_service(BatchServiceServer::new(batches.clone()))
+        .add_service(ObjectServiceServer::new(objects))
         .add_service(ClusterServiceServer::new(cluster.clone()))
         .serve_with_incoming_shutdown(incoming, shutdown.requested());
     readiness.set(true);

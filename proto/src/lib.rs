@@ -1,11 +1,12 @@
 //! The wire: everything that crosses a process boundary.
 //!
 //! Read in this order: [`v1`] (what clients see), [`internal`] (what our processes tell one another), [`error`] (one error, mapped
-//! totally to gRPC), [`names`] (queues, buckets, subjects), [`time`] (conversions), [`work`] (in what work is counted).
+//! totally to gRPC), [`names`] (queues, buckets, subjects), [`items`] (files of prompts), [`time`] (conversions), [`work`] (in what work is counted).
 //!
 //! Deliberately absent: any behaviour. This crate has no runtime, no I/O, and no dependency on another crate of ours.
 
 pub mod error;
+pub mod items;
 pub mod names;
 pub mod time;
 pub mod work;

@@ -7,7 +7,8 @@ use efferent_proto::{
     ApiError, names,
     v1::{
         BatchHeader, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest, GetBatchRequest,
-        ItemState, SubmitBatchRequest, SubmitBatchResponse, submit_batch_request::Part,
+        ItemState, PutObjectRequest, SubmitBatchRequest, SubmitBatchResponse,
+        object_service_client::ObjectServiceClient, submit_batch_request::Part,
     },
 };
 use efferent_tests::{
@@ -108,6 +109,47 @@ async fn what_cannot_be_a_batch_is_refused() {
         let error = ApiError::from(&client.get_batch(request).await.expect_err("it is unknown"));
         assert_eq!((error.code, error.field.as_str()), (ErrorCode::UnknownBatch, "batch_id"));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_items_is_read_line_by_line() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    let channel = coordinator.channel().await;
+    let (mut client, mut objects) = (Client::new(channel.clone()), ObjectServiceClient::new(channel));
+    let mut text = "a cat\n\n{\"prompt\": \"a dog\", \"seed\": 7}\n{\"promt\": \"x\"}\n".as_bytes().to_vec();
+    text.extend_from_slice(b"\xff\n");
+    text.extend("a bird\n".repeat(500).as_bytes());
+    let parts = text.chunks(1000).map(|part| PutObjectRequest { data: part.to_vec().into() }).collect::<Vec<_>>();
+    let object = objects.put_object(tokio_stream::iter(parts)).await.expect("is kept").into_inner();
+    assert_eq!(object.length, text.len() as u64);
+    let header = BatchHeader { items_object: object.hash.clone(), model: "sim".to_owned(), ..key("") };
+    let answer = submit(&mut client, header.clone(), &[]).await.expect("the batch is accepted");
+    let faults: Vec<_> =
+        answer.errors.iter().map(|error| (error.index, error.error.clone().unwrap_or_default())).collect();
+    assert_eq!(faults.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [2, 3]);
+    assert!(
+        faults[0].1.message.starts_with("line 4:") && faults[1].1.message.contains("line 5: is not UTF-8"),
+        "{faults:?}"
+    );
+    let batch = end(&mut client, &id(&answer)).await;
+    assert_eq!((batch.item_count, batch.succeeded, batch.failed), (504, 502, 2));
+    let first = results(&mut client, &batch.batch_id, 0, &[]).await;
+    assert_eq!(first[1].images[0].seed, 7);
+    for (header, items, field) in [
+        (header.clone(), items(1), "items"),
+        (BatchHeader { items_object: "0".repeat(64), ..key("") }, Vec::new(), "items_object"),
+        (BatchHeader { items_object: "../secret".to_owned(), ..key("") }, Vec::new(), "items_object"),
+    ] {
+        let error = submit(&mut client, header, &items).await.expect_err("is refused");
+        assert_eq!(ApiError::from(&error).field, field);
+    }
+    let nothing = objects.put_object(tokio_stream::iter([PutObjectRequest::default()])).await.expect_err("is empty");
+    assert_eq!(ApiError::from(&nothing).field, "data");
+    let part = PutObjectRequest { data: vec![0; 1024 * 1024].into() };
+    let large = objects.put_object(tokio_stream::iter(vec![part; 65])).await.expect_err("is too large");
+    assert_eq!(ApiError::from(&large).code, ErrorCode::LimitExceeded);
 }
 
 #[tokio::test(flavor = "multi_thread")]

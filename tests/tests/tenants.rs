@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use efferent_proto::{
     ApiError, time,
-    v1::{BatchHeader, BatchState, ErrorCode, GenerateRequest, GetBatchRequest, RetryBatchRequest},
+    v1::{BatchHeader, BatchState, ErrorCode, GenerateRequest, GetBatchRequest, ListBatchesRequest, RetryBatchRequest},
 };
 use efferent_tests::{
     batches::{Client, end, id, items, key, submit},
@@ -36,6 +36,16 @@ async fn a_small_batch_does_not_wait_for_another_tenants_large_one() {
     let small = id(&submit(&mut client, of("small"), &items(50)).await.expect("is accepted"));
     let batch = end(&mut client, &small).await;
     assert_eq!((batch.succeeded, batch.tenant.as_str()), (50, "small"));
+    let list = async |client: &mut Client, tenant: &str| {
+        let request = ListBatchesRequest { tenant: tenant.to_owned(), limit: 0 };
+        let batches = client.list_batches(request).await.expect("a list").into_inner().batches;
+        batches.into_iter().map(|batch| batch.batch_id).collect::<Vec<_>>()
+    };
+    assert_eq!(list(&mut client, "").await, [small.clone(), large.clone()], "the newest first");
+    assert_eq!(list(&mut client, "large").await, std::slice::from_ref(&large));
+    let request = ListBatchesRequest { limit: 1001, ..Default::default() };
+    let refused = client.list_batches(request).await.expect_err("is too many");
+    assert_eq!(ApiError::from(&refused).field, "limit");
     let meanwhile = done(&mut client, &large).await - before;
     // The two share alike: besides the 50 of its own, 50 of the other's, and what was released already or is counted late.
     assert!((25..=250).contains(&meanwhile), "{meanwhile} of the large batch were drawn beside the small one");

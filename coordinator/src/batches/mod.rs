@@ -24,8 +24,8 @@ use efferent_proto::{
     names,
     v1::{
         Batch, BatchItem, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest, GetBatchRequest, ItemState,
-        ListBatchResultsRequest, RetryBatchRequest, RetryBatchResponse, SubmitBatchRequest, SubmitBatchResponse,
-        WatchBatchRequest, batch_service_server::BatchService,
+        ListBatchResultsRequest, ListBatchesRequest, ListBatchesResponse, RetryBatchRequest, RetryBatchResponse,
+        SubmitBatchRequest, SubmitBatchResponse, WatchBatchRequest, batch_service_server::BatchService,
     },
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
@@ -41,6 +41,9 @@ pub use dispatch::dispatch;
 
 /// How often a watched batch is looked at.
 const LOOK: Duration = Duration::from_millis(250);
+/// Batches that a list has if nothing is said, and at most.
+const USUAL_LIST: usize = 100;
+const MAX_LIST: usize = 1000;
 /// Items whose jobs are read at once for a list.
 const READS: usize = 32;
 /// Jobs made, read or cancelled, and chunks read or written, at once.
@@ -70,6 +73,23 @@ impl Batches {
             return Err(unknown(id));
         }
         self.ledger.batch(id).await.map_err(unavailable)?.ok_or_else(|| unknown(id))
+    }
+
+    async fn list(&self, request: &ListBatchesRequest) -> Result<ListBatchesResponse, ApiError> {
+        let most = if request.limit == 0 { USUAL_LIST } else { request.limit as usize };
+        if most > MAX_LIST {
+            let message = format!("limit is {most}; at most {MAX_LIST} batches are listed");
+            return Err(ApiError::new(ErrorCode::LimitExceeded, message)
+                .field("limit")
+                .limit(format!("1..={MAX_LIST}")));
+        }
+        let kept = self.ledger.batches().await.map_err(unavailable)?;
+        let wanted = |batch: &Batch| request.tenant.is_empty() || batch.tenant == request.tenant;
+        let mut batches: Vec<_> = kept.into_iter().filter_map(|(record, _)| record.batch).filter(wanted).collect();
+        // Ids sort by time.
+        batches.sort_by(|a, b| b.batch_id.cmp(&a.batch_id));
+        batches.truncate(most);
+        Ok(ListBatchesResponse { batches })
     }
 
     /// Has the dispatcher look at once.
@@ -164,6 +184,15 @@ impl BatchService for Batches {
         let started = Instant::now();
         let outcome = self.known(&request.into_inner().batch_id).await;
         count("GetBatch", started, outcome).map(|(record, _)| Response::new(record.batch.unwrap_or_default()))
+    }
+
+    async fn list_batches(
+        &self,
+        request: Request<ListBatchesRequest>,
+    ) -> Result<Response<ListBatchesResponse>, Status> {
+        let started = Instant::now();
+        let outcome = self.list(&request.into_inner()).await;
+        count("ListBatches", started, outcome).map(Response::new)
     }
 
     async fn watch_batch(

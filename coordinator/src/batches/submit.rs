@@ -5,11 +5,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use efferent_bus::ledger::batches::{CHUNK_ITEMS, Stored, batch_id, is_over};
+use efferent_bus::{
+    ledger::batches::{CHUNK_ITEMS, Stored, batch_id, is_over},
+    read_object,
+};
 use efferent_proto::{
     ApiError,
     internal::{BatchRecord, IdempotencyRecord},
-    names, time,
+    items, names, time,
     v1::{
         Batch, BatchHeader, BatchState, ErrorCode, GenerateRequest, ItemError, SubmitBatchRequest, SubmitBatchResponse,
         submit_batch_request::Part,
@@ -52,12 +55,18 @@ impl Batches {
         let id = batch_id(&record).to_owned();
         let submitted = record.batch.as_ref().is_some_and(|batch| batch.state() != BatchState::Submitting);
         let most = if submitted { u64::MAX } else { self.room(tenant).await? };
-        let mut intake = Intake::new(self, id.clone(), header.all_or_nothing, tenant, most);
+        let mut intake = Intake::new(self, id.clone(), &header, tenant, most);
+        if !header.items_object.is_empty() {
+            self.read_items(&header.items_object, &mut intake).await?;
+        }
         while let Some(part) = parts.next().await {
             match part.map_err(|status| ApiError::from(&status))?.part {
+                Some(Part::Items(_)) if !header.items_object.is_empty() => {
+                    return Err(invalid("items", "a batch has a file of items or messages with items, not both"));
+                }
                 Some(Part::Items(items)) => {
                     for item in items.items {
-                        intake.take(item).await?;
+                        intake.take(Ok(item)).await?;
                     }
                 }
                 _ => return Err(invalid("items", "after its header, a batch has items only")),
@@ -97,6 +106,29 @@ impl Batches {
         self.wake().await;
         tracing::info!(batch_id = id, items = sums.count, failed = sums.failed, "batch submitted");
         Ok(SubmitBatchResponse { batch: record.batch, errors: sums.errors, existing })
+    }
+
+    /// Takes the items of a file.
+    async fn read_items(&self, hash: &str, intake: &mut Intake<'_>) -> Result<(), ApiError> {
+        let unknown = || {
+            let message = format!("no object {hash:?} is kept; PutObject keeps one");
+            ApiError::new(ErrorCode::InvalidField, message).field("items_object")
+        };
+        if !(hash.len() == 64 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))) {
+            return Err(unknown());
+        }
+        let file = read_object(self.ledger.bus().as_ref(), hash).await.map_err(unavailable)?.ok_or_else(unknown)?;
+        let lines = file.split(|byte| *byte == b'\n').zip(1..).filter(|(line, _)| !line.trim_ascii().is_empty());
+        for (line, number) in lines {
+            let parsed = match str::from_utf8(line) {
+                Ok(line) => items::parse(line, ""),
+                Err(_) => Err("is not UTF-8".to_owned()),
+            };
+            let wrong =
+                |why| ApiError::new(ErrorCode::InvalidField, format!("line {number}: {why}")).field("items_object");
+            intake.take(parsed.map_err(wrong)).await?;
+        }
+        Ok(())
     }
 
     /// How many more items may wait in a tenant's batches.
@@ -166,6 +198,8 @@ struct Intake<'a> {
     id: String,
     /// Whether one fault is the end, so that it need not be stored.
     strict: bool,
+    /// Of items that name none.
+    model: &'a str,
     tenant: &'a str,
     /// How many more items the tenant may have waiting.
     most: u64,
@@ -189,11 +223,12 @@ struct Sums {
 }
 
 impl<'a> Intake<'a> {
-    fn new(batches: &'a Batches, id: String, strict: bool, tenant: &'a str, most: u64) -> Self {
+    fn new(batches: &'a Batches, id: String, header: &'a BatchHeader, tenant: &'a str, most: u64) -> Self {
         Self {
             batches,
             id,
-            strict,
+            strict: header.all_or_nothing,
+            model: &header.model,
             tenant,
             most,
             items: Vec::new(),
@@ -204,7 +239,13 @@ impl<'a> Intake<'a> {
         }
     }
 
-    async fn take(&mut self, item: GenerateRequest) -> Result<(), ApiError> {
+    /// Takes an item, or takes down that there is one that cannot be read.
+    async fn take(&mut self, mut item: Result<GenerateRequest, ApiError>) -> Result<(), ApiError> {
+        if let Ok(item) = &mut item
+            && item.model.is_empty()
+        {
+            item.model = self.model.to_owned();
+        }
         let index = self.sums.count;
         if index >= MAX_ITEMS {
             let message = format!("a batch has at most {MAX_ITEMS} items");
@@ -218,7 +259,11 @@ impl<'a> Intake<'a> {
             return Err(tenants::over(tenant, "queued", most, message, Duration::from_secs(60)));
         }
         self.sums.count += 1;
-        match self.batches.check_item(&item) {
+        let checked = match &item {
+            Ok(item) => self.batches.check_item(item),
+            Err(error) => Err(error.clone()),
+        };
+        match checked {
             Ok(Some((model, units))) => *self.sums.units.entry(model).or_default() += units,
             Ok(None) => {}
             Err(error) => {
@@ -230,7 +275,7 @@ impl<'a> Intake<'a> {
                 self.refused.push(error);
             }
         }
-        self.items.push(item);
+        self.items.push(item.unwrap_or_default());
         if self.items.len() == CHUNK_ITEMS {
             self.flush().await?;
         }

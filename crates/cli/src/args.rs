@@ -4,7 +4,10 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Arg, ArgAction, Args, Command, CommandFactory as _, Parser, Subcommand, ValueEnum};
-use efferent_proto::v1::{ImageFormat, Lane, Size};
+use efferent_proto::{
+    items,
+    v1::{ImageFormat, Lane, Size},
+};
 
 use crate::{
     exit,
@@ -52,8 +55,14 @@ pub(crate) enum Do {
     Models(Models),
     /// List live workers of a server
     Workers(Listing),
-    /// Show a server's version and queues
+    /// Show a server's version, stages and queues
     Status(Listing),
+    /// Watch stages, workers, queues and batches, anew every second, until Ctrl-C
+    Top {
+        /// Print once and leave.
+        #[arg(long)]
+        once: bool,
+    },
     /// Follow a job until it ends
     Watch(Watch),
     /// Show a job
@@ -90,7 +99,7 @@ pub(crate) struct Generate {
     #[arg(short, long, value_name = "FILE")]
     pub(crate) output: Option<PathBuf>,
     /// Pixels. Default: the model's first size.
-    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = size)]
+    #[arg(long, value_name = "WIDTHxHEIGHT", value_parser = items::size)]
     pub(crate) size: Option<Size>,
     /// Denoising steps, from 1 to the model's limit. Default: the model's.
     #[arg(long, value_name = "N")]
@@ -225,6 +234,8 @@ pub(crate) enum BatchDo {
     Cancel(Batch),
     /// Give the failed items of a batch another try
     Retry(Batch),
+    /// List batches, the newest first; with --tenant only that one's
+    List(Listing),
 }
 
 /// `efferent batch submit`.
@@ -248,6 +259,9 @@ pub(crate) struct BatchSubmit {
     /// Make a new batch even if the same file was submitted before.
     #[arg(long, conflicts_with = "key")]
     pub(crate) again: bool,
+    /// Send the file as it is and let the server read it: lines that cannot be read are items at fault, instead of the file's being refused here.
+    #[arg(long)]
+    pub(crate) as_file: bool,
     /// Submit, print the batch's id, and leave.
     #[arg(long)]
     pub(crate) detach: bool,
@@ -339,13 +353,6 @@ impl LaneName {
     }
 }
 
-/// `96x64` in pixels.
-pub(crate) fn size(text: &str) -> Result<Size, String> {
-    let parts = text.split_once(['x', 'X']).and_then(|(w, h)| Some((w.trim().parse().ok()?, h.trim().parse().ok()?)));
-    let (width, height) = parts.ok_or_else(|| "a size is WIDTHxHEIGHT in pixels: 96x96".to_owned())?;
-    Ok(Size { width, height })
-}
-
 /// The command with the flags of every setting, each where it matters.
 pub(crate) fn command() -> Command {
     let mut command = with_settings(Cli::command(), &[], true);
@@ -355,6 +362,7 @@ pub(crate) fn command() -> Command {
         ("show", &[Group::Server]),
         ("cancel", &[Group::Server]),
         ("retry", &[Group::Server]),
+        ("list", &[Group::Server]),
     ] {
         command = command.mut_subcommand("batch", |batch| {
             batch.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
@@ -376,7 +384,7 @@ pub(crate) fn command() -> Command {
 /// Which settings matter to which command. (Home and logs matter to all.)
 fn groups() -> Vec<(&'static str, &'static [Group])> {
     let mut groups: Vec<(&'static str, &'static [Group])> = Vec::new();
-    for name in ["workers", "status", "watch", "job", "cancel", "image"] {
+    for name in ["workers", "status", "top", "watch", "job", "cancel", "image"] {
         groups.push((name, &[Group::Server]));
     }
     #[cfg(not(feature = "local"))]
@@ -432,13 +440,5 @@ mod tests {
     #[test]
     fn the_command_is_well_formed() {
         command().debug_assert();
-    }
-
-    #[test]
-    fn sizes_are_two_numbers() {
-        assert_eq!(size("96x64"), Ok(Size { width: 96, height: 64 }));
-        for bad in ["", "96", "x", "96x", "-1x4", "96x96x3", "99999999999x1"] {
-            assert!(size(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -34,7 +34,7 @@ use clap::{ArgMatches, FromArgMatches as _};
 
 use crate::{
     args::{Cli, Do},
-    client::{Server, batch, cluster, files::Plan, follow::Follow, generate, jobs, progress::Progress},
+    client::{Server, batch, cluster, files::Plan, follow::Follow, generate, jobs, progress::Progress, top},
     exit::{Exit, Failure},
     settings::Settings,
 };
@@ -110,6 +110,7 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         },
         Do::Workers(args) => cluster::list_workers(server()?, args.json).await,
         Do::Status(args) => cluster::show_status(server()?, args.json).await,
+        Do::Top { once } => top::run(server()?, *once).await,
         Do::Watch(args) => jobs::watch(server()?, args).await,
         Do::Job(args) => jobs::show(server()?, args).await,
         Do::Cancel(args) => jobs::cancel(server()?, args).await,
@@ -118,6 +119,7 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         Do::Batch(args::BatchDo::Fetch(args)) => batch::fetch(server()?, args).await,
         Do::Batch(args::BatchDo::Show(args)) => batch::show(server()?, args).await,
         Do::Batch(args::BatchDo::Cancel(args)) => batch::cancel(server()?, args).await,
+        Do::Batch(args::BatchDo::List(args)) => batch::list(server()?, &settings.client.tenant, args.json).await,
         Do::Batch(args::BatchDo::Retry(args)) => batch::retry(server()?, args).await,
         other => Err(Failure::words(Exit::Failed, format!("{other:?} has no place here"))),
     }
@@ -155,6 +157,7 @@ fn wants_json(command: &Do) -> bool {
         Do::Job(args) | Do::Cancel(args) => args.json,
         Do::Batch(args::BatchDo::Submit(args)) => args.json,
         Do::Batch(args::BatchDo::Fetch(args)) => args.json,
+        Do::Batch(args::BatchDo::List(args)) => args.json,
         Do::Batch(args::BatchDo::Show(args) | args::BatchDo::Cancel(args) | args::BatchDo::Retry(args)) => args.json,
         _ => false,
     }

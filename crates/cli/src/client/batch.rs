@@ -10,22 +10,23 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use efferent_proto::{
-    names,
+    items, names,
     v1::{
         Batch, BatchHeader, BatchItem, BatchItems, BatchState, CancelBatchRequest, GenerateRequest, GetBatchRequest,
-        GetImageRequest, ItemState, ListBatchResultsRequest, RetryBatchRequest, SubmitBatchRequest,
-        SubmitBatchResponse, WatchBatchRequest, batch_service_client::BatchServiceClient, submit_batch_request::Part,
+        GetImageRequest, ItemState, ListBatchResultsRequest, ListBatchesRequest, PutObjectRequest, RetryBatchRequest,
+        SubmitBatchRequest, SubmitBatchResponse, WatchBatchRequest, batch_service_client::BatchServiceClient,
+        object_service_client::ObjectServiceClient, submit_batch_request::Part,
     },
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::signal::ctrl_c;
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
-    args::{self, Format},
+    args,
     client::{Server, files, images, json},
     exit::{Exit, Failure},
     output, settings,
@@ -33,52 +34,14 @@ use crate::{
 
 /// Items of one message: below gRPC's usual limit of 4 MiB even if each is as long as allowed.
 const ITEMS: usize = 256;
+/// Bytes of a file in one message.
+const PART: usize = 1024 * 1024;
 /// How often a server that does not answer is asked again, a second apart.
 const ATTEMPTS: u32 = 60;
 /// Faults of a file that are told.
 const MAX_TOLD: usize = 10;
 /// The list of results.
 const RESULTS: &str = "results.jsonl";
-
-/// A line of the file of prompts.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Line {
-    prompt: String,
-    negative_prompt: String,
-    model: String,
-    size: Option<String>,
-    steps: Option<u32>,
-    guidance_scale: Option<f32>,
-    seed: Option<u64>,
-    image_count: Option<u32>,
-    format: Option<String>,
-    sampler: String,
-}
-
-/// A line's request: a JSON object, or else the line is the prompt.
-fn item(line: &str, model: &str) -> Result<GenerateRequest, String> {
-    let line = match line.trim_start().starts_with('{') {
-        true => serde_json::from_str::<Line>(line).map_err(|error| error.to_string())?,
-        false => Line { prompt: line.trim().to_owned(), ..Line::default() },
-    };
-    let mut request = GenerateRequest {
-        prompt: line.prompt,
-        negative_prompt: line.negative_prompt,
-        model: if line.model.is_empty() { model.to_owned() } else { line.model },
-        size: line.size.as_deref().map(args::size).transpose()?,
-        steps: line.steps,
-        guidance_scale: line.guidance_scale,
-        seed: line.seed,
-        image_count: line.image_count,
-        sampler: line.sampler,
-        ..GenerateRequest::default()
-    };
-    let format = line.format.as_deref().unwrap_or("png");
-    let known = Format::of_extension(format).ok_or_else(|| format!("format {format:?} is none of png, jpeg, webp"))?;
-    request.set_format(known.proto());
-    Ok(request)
-}
 
 fn client(channel: Channel) -> BatchServiceClient<Channel> {
     BatchServiceClient::new(channel).max_decoding_message_size(super::MAX_MESSAGE)
@@ -95,20 +58,7 @@ pub(crate) async fn submit(
 ) -> Result<(), Failure> {
     let name = args.file.display().to_string();
     let text = read(&args.file)?;
-    let mut faults = Vec::new();
-    let mut items = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        match item(line, &settings.model) {
-            Ok(item) => items.push(item),
-            Err(error) => faults.push(format!("{name}:{}: {error}", number + 1)),
-        }
-    }
-    if !faults.is_empty() {
-        let more = faults.len().saturating_sub(MAX_TOLD);
-        faults.truncate(MAX_TOLD);
-        let more = if more > 0 { format!("\nand {more} more") } else { String::new() };
-        return Err(Failure::words(Exit::Usage, format!("{}{more}", faults.join("\n"))));
-    }
+    let items = if args.as_file { Vec::new() } else { parse(&name, &text, &settings.model)? };
     // Of the text itself: the same file again is the same batch.
     let key = match (&args.key, args.again) {
         (Some(key), _) => key.clone(),
@@ -120,6 +70,8 @@ pub(crate) async fn submit(
         name: args.name.clone().unwrap_or(name),
         all_or_nothing: args.all_or_nothing,
         tenant: settings.tenant.clone(),
+        items_object: if args.as_file { put(&mut server, text.into_bytes()).await? } else { String::new() },
+        model: settings.model.clone(),
     };
     let answer = send(&mut server, &header, &items).await?;
     for fault in answer.errors.iter().take(MAX_TOLD) {
@@ -136,6 +88,42 @@ pub(crate) async fn submit(
         };
     }
     collect(server, &batch.batch_id, &args.output, args.json).await
+}
+
+/// A file's items, or what is wrong with its lines.
+fn parse(name: &str, text: &str, model: &str) -> Result<Vec<GenerateRequest>, Failure> {
+    let (mut items, mut faults) = (Vec::new(), Vec::new());
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        match items::parse(line, model) {
+            Ok(item) => items.push(item),
+            Err(error) => faults.push(format!("{name}:{}: {error}", number + 1)),
+        }
+    }
+    if faults.is_empty() {
+        return Ok(items);
+    }
+    let more = faults.len().saturating_sub(MAX_TOLD);
+    faults.truncate(MAX_TOLD);
+    let more = if more > 0 { format!("\nand {more} more") } else { String::new() };
+    Err(Failure::words(Exit::Usage, format!("{}{more}", faults.join("\n"))))
+}
+
+/// Has a server keep a file. Its hash.
+async fn put(server: &mut Server, file: Vec<u8>) -> Result<String, Failure> {
+    let file = Bytes::from(file);
+    let mut attempts = 0;
+    loop {
+        let file = file.clone();
+        let parts: Vec<_> = (0..file.len())
+            .step_by(PART)
+            .map(|start| PutObjectRequest { data: file.slice(start..(start + PART).min(file.len())) })
+            .collect();
+        let mut objects = ObjectServiceClient::new(server.connect().await?);
+        match objects.put_object(tokio_stream::iter(parts)).await {
+            Ok(answer) => return Ok(answer.into_inner().hash),
+            Err(status) => again(server, &status, &mut attempts).await?,
+        }
+    }
 }
 
 fn read(path: &Path) -> Result<String, Failure> {
@@ -428,6 +416,43 @@ pub(crate) async fn cancel(mut server: Server, args: &args::Batch) -> Result<(),
     print(&answer.map_err(|status| Failure::status(&status))?.into_inner(), args.json)
 }
 
+/// Batches of a server, the newest first; of one tenant, or of all if its name is empty.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn batches(server: &mut Server, tenant: &str, limit: u32) -> Result<Vec<Batch>, Failure> {
+    let request = ListBatchesRequest { tenant: tenant.to_owned(), limit };
+    let answer = client(server.connect().await?).list_batches(request).await;
+    Ok(answer.map_err(|status| Failure::status(&status))?.into_inner().batches)
+}
+
+/// Prints batches.
+///
+/// # Errors
+/// If the server cannot be asked.
+pub(crate) async fn list(mut server: Server, tenant: &str, as_json: bool) -> Result<(), Failure> {
+    let batches = batches(&mut server, tenant, 0).await?;
+    if as_json {
+        return output::line(json!({ "batches": batches.iter().map(batch_json).collect::<Vec<_>>() }));
+    }
+    output::line(table(&batches))
+}
+
+/// Batches as a table.
+pub(crate) fn table(batches: &[Batch]) -> String {
+    let heads = ["BATCH", "TENANT", "STATE", "ITEMS", "RUNNING", "DONE", "FAILED", "NAME"];
+    let mut rows = vec![heads.map(str::to_owned).to_vec()];
+    rows.extend(batches.iter().map(|batch| {
+        let state = json::short(batch.state().as_str_name(), "BATCH_STATE_");
+        let numbers = [batch.item_count, batch.running, batch.succeeded, batch.failed].map(|number| number.to_string());
+        let mut row = vec![batch.batch_id.clone(), batch.tenant.clone(), state];
+        row.extend(numbers);
+        row.push(batch.name.clone());
+        row
+    }));
+    output::table(&rows)
+}
+
 /// Gives failed items another try.
 ///
 /// # Errors
@@ -451,17 +476,6 @@ fn print(batch: &Batch, json: bool) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lines_are_prompts_or_objects() {
-        let plain = item("  a red apple ", "m").unwrap();
-        assert_eq!((plain.prompt.as_str(), plain.model.as_str()), ("a red apple", "m"));
-        let full = item(r#"{"prompt": "x", "size": "96x64", "seed": 7, "format": "webp", "model": "n"}"#, "m").unwrap();
-        assert_eq!((full.seed, full.model.as_str(), full.size.unwrap().height), (Some(7), "n", 64));
-        for bad in [r#"{"prompt""#, r#"{"promt": "x"}"#, r#"{"prompt": "x", "size": "96"}"#, r#"{"format": "gif"}"#] {
-            assert!(item(bad, "").is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn a_folder_remembers_what_it_has_of_its_batch() {

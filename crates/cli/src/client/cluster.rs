@@ -1,6 +1,6 @@
 //! `models --server`, `workers`, `status`.
 
-use efferent_proto::v1::{GetStatusRequest, ListModelsRequest, ListWorkersRequest, Model};
+use efferent_proto::v1::{GetStatusRequest, GetStatusResponse, ListModelsRequest, ListWorkersRequest, Model, Worker};
 use serde_json::json;
 
 use crate::{
@@ -43,16 +43,29 @@ pub(crate) async fn list_models(mut server: Server, as_json: bool) -> Result<(),
     output::line(output::table(&rows))
 }
 
+/// The live workers of a server.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn workers(server: &mut Server) -> Result<Vec<Worker>, Failure> {
+    let answer = cluster(server.connect().await?).list_workers(ListWorkersRequest {}).await;
+    Ok(answer.map_err(|status| Failure::status(&status))?.into_inner().workers)
+}
+
 /// Prints the live workers of a server.
 ///
 /// # Errors
 /// If it cannot be asked.
 pub(crate) async fn list_workers(mut server: Server, as_json: bool) -> Result<(), Failure> {
-    let answer = cluster(server.connect().await?).list_workers(ListWorkersRequest {}).await;
-    let workers = answer.map_err(|status| Failure::status(&status))?.into_inner().workers;
+    let workers = workers(&mut server).await?;
     if as_json {
         return output::line(json!({ "workers": workers.iter().map(json::worker).collect::<Vec<_>>() }));
     }
+    output::line(worker_table(&workers))
+}
+
+/// Workers as a table.
+pub(crate) fn worker_table(workers: &[Worker]) -> String {
     let mut rows = vec![row(["ID", "ROLE", "STATE", "MODELS", "DEVICES", "IN HAND", "BUSY", "HOST", "PID"])];
     rows.extend(workers.iter().map(|worker| {
         let models: Vec<_> = worker.models.iter().map(|model| model.name.as_str()).collect();
@@ -64,12 +77,21 @@ pub(crate) async fn list_workers(mut server: Server, as_json: bool) -> Result<()
             format!("{}{simulated}", models.join(",")),
             worker.devices.join(","),
             format!("{} of {}", worker.in_flight, worker.capacity),
-            worker.time.map_or_else(|| "-".to_owned(), |time| format!("{:.0} %", time.utilisation * 100.0)),
+            worker.time.map_or_else(|| "-".to_owned(), |time| percent(time.utilisation)),
             worker.host.clone(),
             worker.pid.to_string(),
         ]
     }));
-    output::line(output::table(&rows))
+    output::table(&rows)
+}
+
+/// A server's status.
+///
+/// # Errors
+/// If it cannot be asked.
+pub(crate) async fn status(server: &mut Server) -> Result<GetStatusResponse, Failure> {
+    let answer = cluster(server.connect().await?).get_status(GetStatusRequest {}).await;
+    Ok(answer.map_err(|status| Failure::status(&status))?.into_inner())
 }
 
 /// Prints a server's status.
@@ -77,17 +99,29 @@ pub(crate) async fn list_workers(mut server: Server, as_json: bool) -> Result<()
 /// # Errors
 /// If it cannot be asked.
 pub(crate) async fn show_status(mut server: Server, as_json: bool) -> Result<(), Failure> {
-    let answer = cluster(server.connect().await?).get_status(GetStatusRequest {}).await;
-    let status = answer.map_err(|status| Failure::status(&status))?.into_inner();
+    let status = status(&mut server).await?;
     if as_json {
         return output::line(json::status(&status));
     }
-    output::line(format_args!(
-        "version {}, queue {}, {} workers, {} open streams",
-        status.version, status.bus, status.workers, status.open_streams
-    ))?;
-    let mut rows = vec![row(["QUEUE", "WAITING", "IN HAND", "CAPACITY", "OLDEST"])];
-    rows.extend(status.queues.iter().map(|queue| {
+    output::line(status_text(&status))
+}
+
+/// A status as a person reads it.
+pub(crate) fn status_text(status: &GetStatusResponse) -> String {
+    let mut stages = vec![row(["STAGE", "MODEL", "WORKERS", "ADVISED", "IN HAND", "BUSY", "BACKLOG"])];
+    stages.extend(status.stages.iter().map(|stage| {
+        vec![
+            json::role(stage.role()),
+            stage.model.clone(),
+            stage.workers.to_string(),
+            stage.advised_workers.to_string(),
+            format!("{} of {}", stage.in_flight, stage.capacity),
+            percent(stage.utilisation),
+            format!("{:.1} s", stage.backlog_seconds),
+        ]
+    }));
+    let mut queues = vec![row(["QUEUE", "WAITING", "IN HAND", "CAPACITY", "OLDEST"])];
+    queues.extend(status.queues.iter().map(|queue| {
         vec![
             queue.name.clone(),
             queue.ready.to_string(),
@@ -96,7 +130,19 @@ pub(crate) async fn show_status(mut server: Server, as_json: bool) -> Result<(),
             format!("{:.1} s", queue.oldest_age_seconds),
         ]
     }));
-    output::line(output::table(&rows))
+    format!(
+        "version {}, queue {}, {} workers, {} open streams\n\n{}\n\n{}",
+        status.version,
+        status.bus,
+        status.workers,
+        status.open_streams,
+        output::table(&stages),
+        output::table(&queues)
+    )
+}
+
+fn percent(part: f64) -> String {
+    format!("{:.0} %", part * 100.0)
 }
 
 fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {

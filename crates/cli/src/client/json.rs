@@ -233,7 +233,20 @@ pub(crate) fn status(status: &GetStatusResponse) -> Value {
             "oldest_age_seconds": queue.oldest_age_seconds,
         })
     });
+    let stages = status.stages.iter().map(|stage| {
+        json!({
+            "role": role(stage.role()),
+            "model": stage.model,
+            "workers": stage.workers,
+            "capacity": stage.capacity,
+            "in_flight": stage.in_flight,
+            "utilisation": stage.utilisation,
+            "backlog_seconds": stage.backlog_seconds,
+            "advised_workers": stage.advised_workers,
+        })
+    });
     json!({
+        "stages": stages.collect::<Vec<_>>(),
         "version": status.version,
         "bus": status.bus,
         "workers": status.workers,

@@ -14,6 +14,7 @@ pub(crate) mod json;
 pub(crate) mod progress;
 pub(crate) mod ready;
 mod terminal;
+pub(crate) mod top;
 
 use std::time::Duration;
 
