@@ -4,11 +4,12 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "efferent/v1/common.proto",
     "efferent/v1/image.proto",
     "efferent/v1/cluster.proto",
     "efferent/v1/batch.proto",
+    "efferent/v1/dead.proto",
     "efferent/internal/v1/task.proto",
     "efferent/internal/v1/batch.proto",
 ];

@@ -5,7 +5,7 @@ use std::time::Duration;
 use efferent_bus::ledger::Ledger;
 use efferent_proto::v1::{
     batch_service_server::BatchServiceServer, cluster_service_server::ClusterServiceServer,
-    image_service_server::ImageServiceServer,
+    dead_service_server::DeadServiceServer, image_service_server::ImageServiceServer,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use futures::StreamExt as _;
@@ -16,6 +16,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use crate::{
     batches::{self, Batches},
     cluster::Cluster,
+    dead::Dead,
     directory::Directory,
     images::Images,
 };
@@ -78,10 +79,12 @@ pub async fn run(
     let measure_interval = options.measure_interval;
     let images = Images::new(ledger.clone(), directory.clone(), options, shutdown.clone());
     let batches = Batches::new(ledger.clone(), directory.clone(), images.clone());
+    let dead = Dead::new(ledger.clone(), images.clone());
     let cluster = Cluster::new(ledger, directory, images.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ImageServiceServer<Images>>().await;
     health.set_serving::<BatchServiceServer<Batches>>().await;
+    health.set_serving::<DeadServiceServer<Dead>>().await;
     health.set_serving::<ClusterServiceServer<Cluster>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -104,6 +107,7 @@ pub async fn run(
         .add_service(reflection().build_v1alpha()?)
         .add_service(ImageServiceServer::new(images))
         .add_service(BatchServiceServer::new(batches.clone()))
+        .add_service(DeadServiceServer::new(dead))
         .add_service(ClusterServiceServer::new(cluster.clone()))
         .serve_with_incoming_shutdown(incoming, shutdown.requested());
     readiness.set(true);

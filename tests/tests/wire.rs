@@ -98,7 +98,13 @@ async fn health_and_reflection_are_served() {
     let coordinator = cluster.coordinator().await;
     let channel = coordinator.channel().await;
     let mut health = HealthClient::new(channel.clone());
-    for service in ["", "efferent.v1.ImageService", "efferent.v1.BatchService", "efferent.v1.ClusterService"] {
+    for service in [
+        "",
+        "efferent.v1.ImageService",
+        "efferent.v1.BatchService",
+        "efferent.v1.DeadService",
+        "efferent.v1.ClusterService",
+    ] {
         let request = HealthCheckRequest { service: service.to_owned() };
         let status = health.check(request).await.expect("is known").into_inner().status();
         assert_eq!(status, ServingStatus::Serving, "{service:?}");

@@ -14,9 +14,9 @@ const COUNTERS: &[Meter] = &[
         "Images that were dropped because an earlier attempt recorded them or the job was over",
     ),
     ("efferent_redeliveries_total", "Tasks this worker got that others had had before it, by queue"),
-    ("efferent_tasks_failed_total", "Attempts at tasks that failed, by queue"),
+    ("efferent_tasks_failed_total", "Attempts at tasks that failed, by queue and class"),
     ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
-    ("efferent_dead_letters_total", "Tasks that failed for good, by queue"),
+    ("efferent_dead_letters_total", "Jobs that were given up, by the queue of the task at fault and class"),
     ("efferent_signal_cache_total", "Prompts looked for among the cached control signals, by result (hit or miss)"),
     ("efferent_engine_panics_total", "Times that the engine panicked and was built anew"),
 ];
