@@ -23,11 +23,12 @@ impl Ledger {
     /// Keeps what there is to know of a job that is given up. If two of its tasks are at once, the first counts.
     pub async fn bury(&self, record: &JobRecord, class: FailureClass, error: Error) -> Result<()> {
         let job = record.job.clone().unwrap_or_default();
+        let ended = record.attempts.iter().filter(|attempt| attempt.class() != FailureClass::Unspecified);
         let letter = DeadLetter {
             request: job.request,
             class: class.into(),
             error: Some(error),
-            attempts: record.attempts.clone(),
+            attempts: ended.cloned().collect(),
             time: Some(time::timestamp(SystemTime::now())),
             replayed_as: String::new(),
             job_id: job.job_id,
