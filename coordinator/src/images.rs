@@ -162,6 +162,32 @@ impl Images {
         quote::quote(&self.directory, &request, &model).await
     }
 
+    /// Makes the job of this id durable, and its task with it, unless it is there. Returns whether it was not.
+    pub(crate) async fn make(
+        &self,
+        id: &str,
+        request: GenerateRequest,
+        trace: &trace::Context,
+    ) -> Result<bool, ApiError> {
+        let standing = self.ledger.job(id).await.map_err(unavailable)?;
+        let mut record = match &standing {
+            Some(record) => record.clone(),
+            None => self.draft(id.to_owned(), request)?,
+        };
+        let made = standing.is_none() && self.ledger.create_job(&record).await.map_err(unavailable)?;
+        if !made && standing.is_none() {
+            // Another was quicker just now.
+            record = self.ledger.job(id).await.map_err(unavailable)?.unwrap_or(record);
+        }
+        // Whoever made it may have died before it published the task. Published again, it is stored once.
+        if record.job.as_ref().is_some_and(|job| job.state() == JobState::Accepted)
+            && let Err(error) = self.publish(&record, trace).await
+        {
+            return Err(if made { self.unmake(id, error).await } else { error });
+        }
+        Ok(made)
+    }
+
     /// A job that can be accepted now, with every default filled in.
     pub(crate) fn draft(&self, id: String, request: GenerateRequest) -> Result<JobRecord, ApiError> {
         let model = self.directory.choose(&request.model)?;

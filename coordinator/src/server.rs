@@ -5,7 +5,8 @@ use std::time::Duration;
 use efferent_bus::ledger::Ledger;
 use efferent_proto::v1::{
     batch_service_server::BatchServiceServer, cluster_service_server::ClusterServiceServer,
-    image_service_server::ImageServiceServer, object_service_server::ObjectServiceServer,
+    dead_service_server::DeadServiceServer, image_service_server::ImageServiceServer,
+    object_service_server::ObjectServiceServer,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use futures::StreamExt as _;
@@ -16,6 +17,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use crate::{
     batches::{self, Batches},
     cluster::Cluster,
+    dead::Dead,
     directory::Directory,
     images::Images,
     objects::Objects,
@@ -85,11 +87,13 @@ pub async fn run(
     let images = Images::new(ledger.clone(), directory.clone(), gate.clone(), options, shutdown.clone());
     let batches = Batches::new(ledger.clone(), directory.clone(), images.clone(), gate);
     let objects = Objects::new(ledger.clone());
+    let dead = Dead::new(ledger.clone(), images.clone());
     let cluster = Cluster::new(ledger, directory, images.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<ImageServiceServer<Images>>().await;
     health.set_serving::<BatchServiceServer<Batches>>().await;
     health.set_serving::<ObjectServiceServer<Objects>>().await;
+    health.set_serving::<DeadServiceServer<Dead>>().await;
     health.set_serving::<ClusterServiceServer<Cluster>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -113,6 +117,7 @@ pub async fn run(
         .add_service(ImageServiceServer::new(images))
         .add_service(BatchServiceServer::new(batches.clone()))
         .add_service(ObjectServiceServer::new(objects))
+        .add_service(DeadServiceServer::new(dead))
         .add_service(ClusterServiceServer::new(cluster.clone()))
         .serve_with_incoming_shutdown(incoming, shutdown.requested());
     readiness.set(true);

@@ -1,10 +1,12 @@
 //! nats-server and `efferent` as processes of their own, killed at the end by their id.
 
 use std::{
-    io::{BufRead as _, BufReader},
+    collections::HashMap,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{Mutex, MutexGuard, mpsc},
     time::Duration,
 };
 
@@ -27,43 +29,79 @@ pub fn free_port() -> u16 {
 
 /// A process that is killed when it goes out of scope.
 #[derive(Debug)]
-pub struct Process(Child);
+pub struct Process {
+    child: Child,
+    admin: Option<String>,
+}
 
 impl Process {
+    fn new(child: Child) -> Self {
+        Self { child, admin: None }
+    }
+
+    /// Its id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Ends it at once, as `kill -9` does.
     pub fn kill(mut self) {
-        self.0.kill().expect("SIGKILL");
-        self.0.wait().expect("it ends");
+        self.child.kill().expect("SIGKILL");
+        self.child.wait().expect("it ends");
+    }
+
+    /// Sends it a signal: `TERM`, `STOP`, `CONT`.
+    pub fn signal(&self, name: &str) {
+        let told = Command::new("kill").arg(format!("-{name}")).arg(self.pid().to_string()).status().expect("kill");
+        assert!(told.success());
     }
 
     /// Asks it to stop, as Kubernetes does, and waits for its end. Returns whether it reported success.
     pub fn terminate(mut self) -> bool {
-        let told = Command::new("kill").arg("-TERM").arg(self.0.id().to_string()).status().expect("kill");
-        assert!(told.success());
+        self.signal("TERM");
         let started = std::time::Instant::now();
         loop {
-            if let Some(status) = self.0.try_wait().expect("its state") {
+            if let Some(status) = self.child.try_wait().expect("its state") {
                 return status.success();
             }
             assert!(started.elapsed() < PATIENCE, "it does not stop");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
+
+    /// The sum of a counter of its, over all labels, as its admin port tells.
+    pub fn counter(&self, name: &str) -> u64 {
+        let metrics = self.metrics().unwrap_or_default();
+        let values = metrics.lines().filter(|line| line.starts_with(name)).filter_map(|line| line.rsplit(' ').next());
+        values.filter_map(|value| value.parse::<f64>().ok()).sum::<f64>() as u64
+    }
+
+    fn metrics(&self) -> std::io::Result<String> {
+        let address = self.admin.as_ref().ok_or(std::io::ErrorKind::NotFound)?;
+        let mut stream = TcpStream::connect(address)?;
+        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        write!(stream, "GET /metrics HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
 }
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
-/// A nats-server with its store in a temporary folder, and `efferent` processes on it.
+/// One nats-server or three that form a cluster, with their stores in a temporary folder, and `efferent` processes on them.
 #[derive(Debug)]
 pub struct Cluster {
     folder: TempDir,
-    port: u16,
-    server: Option<Process>,
+    host: String,
+    /// A port for clients and one for each other.
+    ports: Vec<(u16, u16)>,
+    servers: Mutex<HashMap<usize, Process>>,
     settings: Vec<(String, String)>,
     sync: &'static str,
 }
@@ -76,64 +114,103 @@ impl Cluster {
 
     /// Starts nats-server that syncs its files this often: `always`, or a time such as `2m`, which is its default.
     pub fn with_sync(settings: &[(&str, &str)], sync: &'static str) -> Self {
+        Self::with_servers(settings, sync, 1, "127.0.0.1")
+    }
+
+    /// Starts three servers that keep three copies of everything. A copy on another server is what an acknowledgement stands for, so the
+    /// files are synced now and then only.
+    pub fn of_three(settings: &[(&str, &str)]) -> Self {
+        let replicas = [("EFFERENT_NATS__REPLICAS", "3")];
+        Self::with_servers(&[settings, &replicas].concat(), "2m", 3, "127.0.0.1")
+    }
+
+    /// Starts so many servers that listen at this address.
+    pub fn with_servers(settings: &[(&str, &str)], sync: &'static str, count: usize, host: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let mut cluster = Self { folder, port: free_port(), server: None, settings, sync };
-        cluster.start_server();
+        let ports = (0..count).map(|_| (free_port(), free_port())).collect();
+        let cluster = Self { folder, host: host.to_owned(), ports, servers: Mutex::default(), settings, sync };
+        (0..count).for_each(|index| cluster.start_server(index));
         cluster
     }
 
-    /// Starts nats-server (again).
-    pub fn start_server(&mut self) {
+    /// Starts a nats-server (again).
+    pub fn start_server(&self, index: usize) {
         let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools/nats-server");
         let program = if tool.exists() { tool } else { PathBuf::from("nats-server") };
-        let configuration = format!(
-            "listen: 127.0.0.1:{}\njetstream {{ store_dir: {:?}, sync_interval: {} }}\n",
-            self.port,
-            self.folder.path().join("nats"),
-            self.sync
+        let (port, own) = self.ports[index];
+        let store = self.folder.path().join(format!("nats-{index}"));
+        let mut configuration = format!(
+            "server_name: n{index}\nlisten: {}:{port}\njetstream {{ store_dir: {store:?}, sync_interval: {} }}\n",
+            self.host, self.sync
         );
-        let file = self.folder.path().join("nats.conf");
+        if self.ports.len() > 1 {
+            let routes: Vec<_> = self.ports.iter().map(|(_, port)| format!("nats://{}:{port}", self.host)).collect();
+            let routes = routes.join(", ");
+            configuration += &format!("cluster {{ name: test, listen: {}:{own}, routes: [{routes}] }}\n", self.host);
+        }
+        let file = self.folder.path().join(format!("nats-{index}.conf"));
         std::fs::write(&file, configuration).expect("writes");
         let child = Command::new(&program).arg("-c").arg(&file).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        self.server =
-            Some(Process(child.unwrap_or_else(|error| {
-                panic!("cannot start {}: {error} (`make tools` fetches it)", program.display())
-            })));
+        let child = child
+            .unwrap_or_else(|error| panic!("cannot start {}: {error} (`make tools` fetches it)", program.display()));
+        self.servers().insert(index, Process::new(child));
     }
 
-    /// `kill -9` of nats-server.
-    pub fn kill_server(&mut self) {
-        self.server.take().expect("the server runs").kill();
+    fn servers(&self) -> MutexGuard<'_, HashMap<usize, Process>> {
+        self.servers.lock().expect("is not poisoned")
     }
 
-    /// Where nats-server listens.
+    /// `kill -9` of a nats-server.
+    pub fn kill_server(&self, index: usize) {
+        self.servers().remove(&index).expect("the server runs").kill();
+    }
+
+    /// Sends a nats-server a signal.
+    pub fn signal_server(&self, index: usize, signal: &str) {
+        self.servers()[&index].signal(signal);
+    }
+
+    /// Where the servers listen.
     pub fn nats_url(&self) -> String {
-        format!("nats://127.0.0.1:{}", self.port)
+        let urls: Vec<_> = self.ports.iter().map(|(port, _)| format!("nats://{}:{port}", self.host)).collect();
+        urls.join(",")
     }
 
     /// Starts `efferent ROLE ARGS` on the cluster's queue and waits until it is ready. Returns its standard output so far too.
     pub fn role(&self, role: &str, args: &[&str]) -> (Process, Vec<String>) {
-        self.command(role, &[&["--nats", &self.nats_url()], args].concat())
+        self.run(&[], role, &[&["--nats", &self.nats_url()], args].concat())
+    }
+
+    /// Starts it in a network namespace.
+    pub fn role_in(&self, namespace: &str, role: &str) -> Process {
+        self.run(&["ip", "netns", "exec", namespace], role, &["--nats", &self.nats_url()]).0
     }
 
     /// Starts `efferent up` on a queue of its own in a folder. Returns its URL too.
     pub fn up(&self) -> (Process, String) {
-        let home = self.folder.path().join("home");
+        self.up_in(&self.folder.path().join("home"))
+    }
+
+    /// Starts `efferent up` on a queue of its own in this folder. Returns its URL too.
+    pub fn up_in(&self, home: &Path) -> (Process, String) {
         let home = home.to_str().expect("UTF-8");
-        let (process, lines) = self.command("up", &["--listen", "127.0.0.1:0", "--home", home]);
+        let (process, lines) = self.run(&[], "up", &["--listen", "127.0.0.1:0", "--home", home]);
         (process, url(&lines))
     }
 
-    fn command(&self, role: &str, args: &[&str]) -> (Process, Vec<String>) {
-        let mut command = Command::new(efferent());
-        command.arg(role).args(["--admin", "off"]).args(args);
+    fn run(&self, through: &[&str], role: &str, args: &[&str]) -> (Process, Vec<String>) {
+        let program = efferent();
+        let program = program.to_str().expect("UTF-8");
+        let words = [through, &[program, role, "--admin", "127.0.0.1:0"], args].concat();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]);
         command.envs(self.settings.iter().map(|(name, value)| (name, value)));
         let log = std::fs::File::options().append(true).create(true).open(self.folder.path().join("log"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log.expect("a log")).spawn();
         let mut child = child.expect("starts");
         let output = BufReader::new(child.stdout.take().expect("is piped"));
-        let process = Process(child);
+        let mut process = Process::new(child);
         let (sender, lines) = mpsc::channel();
         std::thread::spawn(move || {
             for line in output.lines().map_while(Result::ok) {
@@ -144,10 +221,12 @@ impl Cluster {
         });
         // The last line of those that say what is ready.
         let mut seen = Vec::new();
-        while !seen.last().is_some_and(|line: &String| line.contains("queue")) {
+        while !seen.last().is_some_and(|line: &String| line.contains("admin")) {
             let line = lines.recv_timeout(PATIENCE);
             seen.push(line.unwrap_or_else(|_| panic!("{role} is not ready: {seen:?}\n{}", self.log())));
         }
+        let admin = seen.last().and_then(|line| line.split("http://").nth(1)).and_then(|rest| rest.split('/').next());
+        process.admin = admin.map(str::to_owned);
         (process, seen)
     }
 

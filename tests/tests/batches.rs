@@ -194,7 +194,7 @@ async fn another_coordinator_goes_on_and_interactive_requests_go_first() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_outlives_whoever_dies() {
-    let mut cluster = processes::Cluster::start(&[
+    let cluster = processes::Cluster::start(&[
         ("EFFERENT_MODEL", "sim"),
         ("EFFERENT_LEDGER__LEASE", "2s"),
         ("EFFERENT_SIM__STEP", "10ms"),
@@ -214,9 +214,9 @@ async fn a_batch_outlives_whoever_dies() {
     brain.kill();
     let _second_brain = cluster.role("brain", &[]);
     pause().await;
-    cluster.kill_server();
+    cluster.kill_server(0);
     pause().await;
-    cluster.start_server();
+    cluster.start_server(0);
     // Its stream breaks if the coordinator cannot read for long; a client asks again.
     let mut client = Client::connect(url).await.expect("it listens");
     let batch = end(&mut client, &id(&answer)).await;

@@ -111,16 +111,16 @@ async fn a_coordinator_that_dies_in_the_middle_takes_nothing_with_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_queue_server_that_dies_in_the_middle_loses_nothing() {
-    let mut cluster = cluster();
+    let cluster = cluster();
     let _brain = cluster.role("brain", &[]);
     let _hand = cluster.role("hand", &[]);
     let (_coordinator, url) = cluster.coordinator();
     let mut client = connect(&url).await;
     let mut events = client.generate(long()).await.expect("accepted").into_inner();
     let heard = until(&mut events, "step").await;
-    cluster.kill_server();
+    cluster.kill_server(0);
     tokio::time::sleep(Duration::from_millis(500)).await;
-    cluster.start_server();
+    cluster.start_server(0);
     let id = heard[0].job_id.clone();
     let rest = all(watch(&mut client, &id, 0).await).await;
     ended_once(&rest);

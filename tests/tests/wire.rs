@@ -103,6 +103,7 @@ async fn health_and_reflection_are_served() {
         "efferent.v1.ImageService",
         "efferent.v1.BatchService",
         "efferent.v1.ObjectService",
+        "efferent.v1.DeadService",
         "efferent.v1.ClusterService",
     ] {
         let request = HealthCheckRequest { service: service.to_owned() };

@@ -19,7 +19,7 @@ use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError},
     intake::Intake,
-    lifecycle::{Member, Profile},
+    lifecycle::{InFlight, Member, Profile},
     signal::ControlSignal,
     task::{self, Admission, Cancellations, Held},
     thread::{EngineThread, Factory},
@@ -141,9 +141,15 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
         }
         busy = deliveries.len() > 1;
         let worker = worker.clone();
+        let batches = batches.clone();
         tasks.spawn(async move {
-            worker.batch(deliveries).await;
+            let suspects = worker.batch(deliveries).await;
             drop(permit);
+            for suspect in suspects {
+                let alone = batches.acquire_many(BATCHES as u32).await.expect("the semaphore is never closed");
+                worker.encode(vec![suspect]).await;
+                drop(alone);
+            }
         });
     }
     worker.member.drain();
@@ -154,16 +160,22 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
 }
 
 struct Taken {
+    _in_flight: InFlight,
     held: Box<Held>,
     task: BrainTask,
     record: Box<JobRecord>,
 }
 
 impl Worker {
-    async fn batch(&self, deliveries: Vec<Delivery>) {
-        let _in_flight: Vec<_> = deliveries.iter().map(|_| self.member.hold()).collect();
-        let mut taken: Vec<Taken> =
-            join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await.into_iter().flatten().collect();
+    /// Works on what was pulled, but for tasks that are to be worked on alone: those are left to the caller.
+    async fn batch(&self, deliveries: Vec<Delivery>) -> Vec<Taken> {
+        let admitted = join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await;
+        let (suspects, taken) = admitted.into_iter().flatten().partition(|taken: &Taken| taken.held.is_suspect());
+        self.encode(taken).await;
+        suspects
+    }
+
+    async fn encode(&self, mut taken: Vec<Taken>) {
         let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
         let started = Instant::now();
         let encoding = self.encoder.encode(requests);
@@ -177,6 +189,7 @@ impl Worker {
     }
 
     async fn admit(&self, delivery: Delivery) -> Option<Taken> {
+        let _in_flight = self.member.hold();
         let task: BrainTask = task::read(&delivery).await?;
         let conditioning = Transition::Conditioning { worker_id: self.member.id().to_owned() };
         let admission = task::admit(
@@ -190,7 +203,7 @@ impl Worker {
         )
         .await;
         match admission {
-            Ok(Admission::Go(held, record)) => Some(Taken { held, task, record }),
+            Ok(Admission::Go(held, record)) => Some(Taken { _in_flight, held, task, record }),
             Ok(Admission::Dropped) => None,
             Err(error) => {
                 tracing::warn!(job_id = task.job_id, %error, "cannot take a task on; it is delivered again");
@@ -213,15 +226,16 @@ impl Worker {
     }
 
     async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
-        let Taken { mut held, task, record } = taken;
+        let Taken { _in_flight, mut held, task, record } = taken;
         held.defer_beginning();
         let started = Instant::now();
         let signal = if signal.encoded_len() <= MAX_INLINE {
             hand_task::Signal::Inline(signal.as_ref().clone())
         } else {
             let encoded = Bytes::from(signal.encode_to_vec());
+            let retention = Some(self.ledger.options().retention);
             hand_task::Signal::Stored(
-                self.ledger.bus().put_object(encoded, Some(self.ledger.options().retention)).await?,
+                held.patiently(|| self.ledger.bus().put_object(encoded.clone(), retention)).await?,
             )
         };
         let request = task.request.clone().unwrap_or_default();
@@ -260,7 +274,7 @@ impl Worker {
     /// Publishes, waiting for room in the queue for as long as the job is wanted.
     async fn publish_when_room(&self, queue: &str, task: NewTask, held: &Held) -> efferent_bus::Result<()> {
         loop {
-            match self.ledger.bus().publish(queue, task.clone()).await {
+            match held.patiently(|| self.ledger.bus().publish(queue, task.clone())).await {
                 Err(efferent_bus::Error::Full { .. }) if !held.is_unwanted() => {
                     tokio::time::sleep(Duration::from_millis(500)).await
                 }

@@ -29,7 +29,7 @@ use efferent_worker::{
 use image::RgbImage;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -76,6 +76,9 @@ struct Worker {
     engine: EngineLoop,
     member: Member,
     cancellations: Cancellations,
+    /// Images taken at once, and a permit for each.
+    capacity: usize,
+    room: Arc<Semaphore>,
     /// Cancelled at the end of the grace period.
     abandoned: CancellationToken,
 }
@@ -107,19 +110,20 @@ pub async fn run(
     let member = Member::join(ledger.clone(), profile).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, hand = model.hand, "hand is ready");
-    let worker = Arc::new(Worker { ledger, engine, member, cancellations, abandoned: CancellationToken::new() });
-    work(capacity, options.grace, &worker, &model, &shutdown).await;
+    let (room, abandoned) = (Arc::new(Semaphore::new(capacity)), CancellationToken::new());
+    let worker = Arc::new(Worker { ledger, engine, member, cancellations, capacity, room, abandoned });
+    work(options.grace, &worker, &model, &shutdown).await;
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
     }
     Ok(())
 }
 
-async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
+async fn work(grace: Duration, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
     let lanes = names::LANES.iter().map(|lane| names::hand_queue(&model.hand, *lane)).collect();
     let mut intake = Intake::new(worker.ledger.bus().clone(), lanes);
     let tasks = TaskTracker::new();
-    let room = Arc::new(Semaphore::new(capacity));
+    let room = worker.room.clone();
     while !shutdown.is_triggered() {
         let first = tokio::select! {
             permit = room.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
@@ -135,10 +139,7 @@ async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Mo
         for delivery in intake.next(permits.num_permits()).await {
             let Some(permit) = permits.split(1) else { break };
             let worker = worker.clone();
-            tasks.spawn(async move {
-                worker.render(delivery).await;
-                drop(permit);
-            });
+            tasks.spawn(async move { worker.render(delivery, permit).await });
         }
     }
     worker.member.drain();
@@ -151,15 +152,20 @@ async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Mo
 }
 
 impl Worker {
-    async fn render(&self, delivery: Delivery) {
+    async fn render(&self, delivery: Delivery, room: OwnedSemaphorePermit) {
         let _in_flight = self.member.hold();
         let Some(task) = task::read::<HandTask>(&delivery).await else { return };
-        if let Err(error) = self.settle(delivery, &task).await {
+        if let Err(error) = self.settle(delivery, &task, room).await {
             tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
         }
     }
 
-    async fn settle(&self, delivery: Delivery, task: &HandTask) -> efferent_bus::Result<()> {
+    async fn settle(
+        &self,
+        delivery: Delivery,
+        task: &HandTask,
+        room: OwnedSemaphorePermit,
+    ) -> efferent_bus::Result<()> {
         let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
         let admission = task::admit(
             &self.ledger,
@@ -176,6 +182,16 @@ impl Worker {
         if transition::images(&record).any(|image| image.image_index == task.image_index) {
             return held.done().await;
         }
+        let _room = match held.is_suspect() {
+            true => {
+                drop(room);
+                tokio::select! {
+                    all = self.room.clone().acquire_many_owned(self.capacity as u32) => all.expect("the semaphore is never closed"),
+                    () = self.abandoned.cancelled() => return held.hand_back().await,
+                }
+            }
+            false => room,
+        };
         let signal = match self.signal(task).await? {
             Ok(signal) => signal,
             Err(error) => return held.failed(&error).await,
@@ -207,6 +223,7 @@ impl Worker {
     /// The control signal of a task; the inner error is the task's, the outer one the bus's.
     async fn signal(&self, task: &HandTask) -> efferent_bus::Result<Result<Arc<ControlSignal>, EngineError>> {
         let refused = |message: String| Ok(Err(ApiError::new(ErrorCode::Internal, message).into()));
+        let missing = |message: String| Ok(Err(EngineError::Missing(message)));
         match &task.signal {
             Some(hand_task::Signal::Inline(signal)) => Ok(Ok(Arc::new(signal.clone()))),
             Some(hand_task::Signal::Stored(hash)) => match read_object(self.ledger.bus().as_ref(), hash).await? {
@@ -214,7 +231,7 @@ impl Worker {
                     Ok(signal) => Ok(Ok(Arc::new(signal))),
                     Err(error) => refused(format!("the stored control signal cannot be decoded: {error}")),
                 },
-                None => refused(format!("the control signal {hash} is not in the object store any more")),
+                None => missing(format!("the control signal {hash} is not in the object store")),
             },
             None => refused("the task has no control signal".to_owned()),
         }
@@ -296,7 +313,8 @@ impl Worker {
         };
         let length = file.len() as u64;
         let told = if file.len() <= MAX_TOLD { file.clone() } else { Bytes::new() };
-        let hash = self.ledger.bus().put_object(file, Some(self.ledger.options().retention)).await?;
+        let retention = Some(self.ledger.options().retention);
+        let hash = held.patiently(|| self.ledger.bus().put_object(file.clone(), retention)).await?;
         let mut image = Image {
             image_index: task.image_index,
             hash,
@@ -312,7 +330,8 @@ impl Worker {
         };
         image.set_format(task.request.as_ref().map(GenerateRequest::format).unwrap_or_default());
         held.defer_beginning();
-        let (outcome, mut news) = self.ledger.change(&task.job_id, &Transition::Image(image)).await?;
+        let recorded = Transition::Image(image);
+        let (outcome, mut news) = held.patiently(|| self.ledger.change(&task.job_id, &recorded)).await?;
         match outcome {
             Outcome::Changed(_) => metrics::counter!("efferent_images_total").increment(1),
             // A late attempt: the image is recorded, or the job is over.

@@ -183,7 +183,7 @@ pub enum Bucket {
     Signals,
     /// Leases of singletons.
     Leases,
-    /// Tasks that failed for good.
+    /// Jobs that were given up.
     Dead,
     /// Batches.
     Batches,

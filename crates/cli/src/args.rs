@@ -74,6 +74,9 @@ pub(crate) enum Do {
     /// Draw many prompts: submit a file of them, collect the pictures
     #[command(subcommand)]
     Batch(BatchDo),
+    /// Jobs that were given up: list them, see why, try them again
+    #[command(subcommand)]
+    Dead(DeadDo),
     /// Ask an admin port whether its process takes work: exit code 0 if so, 4 if not
     Ready {
         /// Address of the admin port, HOST:PORT.
@@ -293,6 +296,30 @@ pub(crate) struct Batch {
     pub(crate) json: bool,
 }
 
+/// Commands on dead letters.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeadDo {
+    /// List jobs that were tried as often as allowed and failed each time, the newest first
+    List(DeadList),
+    /// Show a job that was given up: its request, its last error, and each attempt
+    Show(Job),
+    /// Make a new job of the same request, and print its id; twice is once
+    Replay(Job),
+    /// Remove the letter; the job stays failed
+    Drop(Job),
+}
+
+/// `efferent dead list`.
+#[derive(Debug, Args)]
+pub(crate) struct DeadList {
+    /// At most this many, up to 1000.
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) limit: u32,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// File formats by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
@@ -356,16 +383,20 @@ impl LaneName {
 /// The command with the flags of every setting, each where it matters.
 pub(crate) fn command() -> Command {
     let mut command = with_settings(Cli::command(), &[], true);
-    for (name, groups) in [
-        ("submit", [Group::Server, Group::Model].as_slice()),
-        ("fetch", &[Group::Server]),
-        ("show", &[Group::Server]),
-        ("cancel", &[Group::Server]),
-        ("retry", &[Group::Server]),
-        ("list", &[Group::Server]),
+    for (family, name, groups) in [
+        ("batch", "submit", [Group::Server, Group::Model].as_slice()),
+        ("batch", "fetch", &[Group::Server]),
+        ("batch", "show", &[Group::Server]),
+        ("batch", "cancel", &[Group::Server]),
+        ("batch", "retry", &[Group::Server]),
+        ("batch", "list", &[Group::Server]),
+        ("dead", "list", &[Group::Server]),
+        ("dead", "show", &[Group::Server]),
+        ("dead", "replay", &[Group::Server]),
+        ("dead", "drop", &[Group::Server]),
     ] {
-        command = command.mut_subcommand("batch", |batch| {
-            batch.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
+        command = command.mut_subcommand(family, |family| {
+            family.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
         });
     }
     for (name, groups) in groups() {

@@ -34,7 +34,7 @@ use clap::{ArgMatches, FromArgMatches as _};
 
 use crate::{
     args::{Cli, Do},
-    client::{Server, batch, cluster, files::Plan, follow::Follow, generate, jobs, progress::Progress, top},
+    client::{Server, batch, cluster, dead, files::Plan, follow::Follow, generate, jobs, progress::Progress, top},
     exit::{Exit, Failure},
     settings::Settings,
 };
@@ -121,6 +121,10 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         Do::Batch(args::BatchDo::Cancel(args)) => batch::cancel(server()?, args).await,
         Do::Batch(args::BatchDo::List(args)) => batch::list(server()?, &settings.client.tenant, args.json).await,
         Do::Batch(args::BatchDo::Retry(args)) => batch::retry(server()?, args).await,
+        Do::Dead(args::DeadDo::List(args)) => dead::list(server()?, args).await,
+        Do::Dead(args::DeadDo::Show(args)) => dead::show(server()?, args).await,
+        Do::Dead(args::DeadDo::Replay(args)) => dead::replay(server()?, args).await,
+        Do::Dead(args::DeadDo::Drop(args)) => dead::drop(server()?, args).await,
         other => Err(Failure::words(Exit::Failed, format!("{other:?} has no place here"))),
     }
 }
@@ -159,6 +163,8 @@ fn wants_json(command: &Do) -> bool {
         Do::Batch(args::BatchDo::Fetch(args)) => args.json,
         Do::Batch(args::BatchDo::List(args)) => args.json,
         Do::Batch(args::BatchDo::Show(args) | args::BatchDo::Cancel(args) | args::BatchDo::Retry(args)) => args.json,
+        Do::Dead(args::DeadDo::List(args)) => args.json,
+        Do::Dead(args::DeadDo::Show(args) | args::DeadDo::Replay(args) | args::DeadDo::Drop(args)) => args.json,
         _ => false,
     }
 }

@@ -9,7 +9,7 @@ use std::{any::Any, fmt::Debug, sync::Arc};
 use bytes::Bytes;
 use efferent_proto::{
     ApiError,
-    v1::{ErrorCode, Model, Size},
+    v1::{ErrorCode, FailureClass, Model, Size},
 };
 use image::RgbImage;
 
@@ -21,6 +21,12 @@ pub enum EngineError {
     /// The request can never succeed here: a limit, a field, a space that does not fit. Not tried again.
     #[error(transparent)]
     Refused(#[from] ApiError),
+    /// Too little memory for this request, or for the batch that it was in. Tried again alone, up to the limit of attempts.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// What the task refers to is not there; it may be, a moment later. Tried again, up to the limit of attempts.
+    #[error("{0}")]
+    Missing(String),
     /// The computation failed. Tried again, up to the limit of attempts.
     #[error("{what}")]
     Compute {
@@ -45,18 +51,28 @@ impl EngineError {
     pub fn to_api(&self) -> ApiError {
         match self {
             Self::Refused(error) => error.clone(),
-            Self::Compute { .. } | Self::Crashed(_) => ApiError::new(ErrorCode::Engine, self.to_string()),
+            _ => ApiError::new(ErrorCode::Engine, self.to_string()),
         }
     }
 
-    /// Whether another attempt may succeed.
-    pub fn is_transient(&self) -> bool {
-        !matches!(self, Self::Refused(_))
+    /// Which limit of attempts it counts for; `None` if another attempt is in vain.
+    pub fn class(&self) -> Option<FailureClass> {
+        match self {
+            Self::Refused(_) => None,
+            Self::OutOfMemory(_) => Some(FailureClass::OutOfMemory),
+            Self::Missing(_) | Self::Compute { .. } => Some(FailureClass::Transient),
+            Self::Crashed(_) => Some(FailureClass::EngineCrash),
+        }
     }
 }
 
 impl From<candle_core::Error> for EngineError {
     fn from(source: candle_core::Error) -> Self {
+        // Devices have their own errors for it, known to candle as text alone.
+        let text = source.to_string();
+        if ["out of memory", "OUT_OF_MEMORY"].iter().any(|words| text.contains(words)) {
+            return Self::OutOfMemory(text.lines().next().unwrap_or_default().to_owned());
+        }
         Self::compute("tensor computation failed", source)
     }
 }

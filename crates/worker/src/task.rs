@@ -4,18 +4,22 @@
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use efferent_bus::{
     Delivery, Lease, SharedBus,
-    ledger::{Ledger, Outcome, Transition, has_ended},
+    ledger::{
+        Ledger, Outcome, Transition,
+        attempts::{MAX_CRASHES, MAX_DELIVERIES, Tally},
+        has_ended,
+    },
 };
 use efferent_proto::{
     ApiError,
-    internal::{DeadLetter, JobRecord, KnownJob},
+    internal::{JobRecord, KnownJob},
     names, time,
-    v1::{ErrorCode, JobState},
+    v1::{Attempt, ErrorCode, FailureClass, Job, JobState},
 };
 use efferent_service::trace;
 use futures::StreamExt as _;
@@ -25,8 +29,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::EngineError;
 
-/// How often a task is delivered before it counts as poison.
-pub const MAX_ATTEMPTS: u32 = 5;
+/// How long the outcome of work is kept for a bus that is unavailable, rather than thrown away and computed again.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The first and the longest pause between tries to write an outcome.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+/// What doubles with each delivery to make the pause before the next one, and how often it doubles at most.
+const BACK_OFF: (Duration, u32) = (Duration::from_millis(250), 6);
 
 /// Work that is over within this time does not have its beginning written first: it is written together with what came of it.
 pub const BRISK: Duration = Duration::from_millis(5);
@@ -82,10 +90,10 @@ impl Cancellations {
 #[derive(Debug)]
 pub struct Held {
     queue: String,
+    key: String,
     job_id: String,
     attempt: u32,
     headers: BTreeMap<String, String>,
-    payload: bytes::Bytes,
     lease: Arc<dyn Lease>,
     ledger: Ledger,
     worker_id: String,
@@ -94,6 +102,7 @@ pub struct Held {
     keeper: AbortHandle,
     /// That work on it has begun, as long as that is not written.
     beginning: Option<Transition>,
+    suspect: bool,
 }
 
 /// What to do with a task that was just pulled.
@@ -131,7 +140,7 @@ pub async fn admit(
     known: Option<&KnownJob>,
     beginning: Transition,
 ) -> efferent_bus::Result<Admission> {
-    let Delivery { queue, job, attempt, headers, payload, lease, published_at, .. } = delivery;
+    let Delivery { queue, key, job, attempt, headers, payload: _, lease, published_at } = delivery;
     let waited = SystemTime::now().duration_since(published_at).unwrap_or_default();
     metrics::histogram!("efferent_queue_wait_seconds", "queue" => queue.clone()).record(waited.as_secs_f64());
     if attempt > 1 {
@@ -145,42 +154,49 @@ pub async fn admit(
     let (ledger, worker_id, cancellations) = (ledger.clone(), worker_id.to_owned(), cancellations.clone());
     let mut held = Held {
         queue,
+        key,
         job_id: job,
         attempt,
         headers,
-        payload,
         lease,
         ledger,
         worker_id,
         cancellations,
         token,
         keeper,
-        beginning: None,
+        beginning: Some(beginning),
+        suspect: false,
     };
-    if attempt > MAX_ATTEMPTS {
-        let message =
-            format!("the task was delivered {MAX_ATTEMPTS} times and never finished: its workers failed or died");
-        held.bury(ApiError::new(ErrorCode::AttemptsExhausted, message)).await?;
-        return Ok(Admission::Dropped);
-    }
     if time::unix_ms(SystemTime::now()) >= expires_at_ms {
         held.expire().await?;
         return Ok(Admission::Dropped);
     }
+    if attempt > MAX_DELIVERIES {
+        let message = format!("the task was delivered {MAX_DELIVERIES} times and never finished");
+        held.bury(FailureClass::Transient, message).await?;
+        return Ok(Admission::Dropped);
+    }
     if let Some(KnownJob { record: Some(record), .. }) = known.filter(|_| attempt == 1) {
         held.ledger.remember(known.cloned().unwrap_or_default());
-        held.beginning = Some(beginning);
         return Ok(Admission::Go(Box::new(held), Box::new(record.clone())));
     }
-    match held.ledger.apply(&held.job_id, &beginning).await? {
-        Outcome::Changed(record) => Ok(Admission::Go(Box::new(held), record)),
-        Outcome::Unchanged(record) if !has_ended(&record) => Ok(Admission::Go(Box::new(held), record)),
+    let begun = Transition::Begun(held.attempt_with(FailureClass::Unspecified, String::new()));
+    let record = match held.ledger.apply(&held.job_id, &begun).await? {
+        Outcome::Changed(record) => record,
         Outcome::Unchanged(_) | Outcome::Unknown => {
             metrics::counter!("efferent_tasks_dropped_total", "why" => "job over").increment(1);
             held.done().await?;
-            Ok(Admission::Dropped)
+            return Ok(Admission::Dropped);
         }
+    };
+    let tally = Tally::of(&record, &held.key);
+    if let Some(class) = tally.exhausted() {
+        let message = format!("took down {MAX_CRASHES} workers: each crashed, died or was not heard of for its lease");
+        held.bury(class, message).await?;
+        return Ok(Admission::Dropped);
     }
+    held.suspect = tally.is_suspect();
+    Ok(Admission::Go(Box::new(held), record))
 }
 
 impl Held {
@@ -233,19 +249,52 @@ impl Held {
         self.token.is_cancelled()
     }
 
+    /// Whether it may be its fault that earlier attempts took their workers down: it is to be worked on with nothing else in its worker.
+    pub fn is_suspect(&self) -> bool {
+        self.suspect
+    }
+
+    /// Has an outcome written. While the bus is unavailable it is tried again, as long as the job is wanted: what was computed is not computed
+    /// anew because a server restarts.
+    ///
+    /// # Errors
+    /// If the bus is unavailable for long, or refuses.
+    pub async fn patiently<T, F: Future<Output = efferent_bus::Result<T>>>(
+        &self,
+        write: impl Fn() -> F,
+    ) -> efferent_bus::Result<T> {
+        let until = Instant::now() + PATIENCE;
+        let (mut pause, longest) = PAUSES;
+        loop {
+            match write().await {
+                Err(error @ efferent_bus::Error::Unavailable { .. })
+                    if !self.is_unwanted() && Instant::now() < until =>
+                {
+                    tracing::debug!(job_id = self.job_id, %error, "an outcome cannot be written yet");
+                    tokio::time::sleep(pause).await;
+                    pause = longest.min(pause * 2);
+                }
+                written => return written,
+            }
+        }
+    }
+
     /// Its output is durable, or not wanted: removes the task.
     ///
     /// # Errors
     /// If the bus is unavailable. The task is then delivered again, and found done.
     pub async fn done(self) -> efferent_bus::Result<()> {
-        self.lease.ack().await
+        self.patiently(|| self.lease.ack()).await
     }
 
     /// Hands it back for another worker, at once.
     ///
     /// # Errors
     /// If the bus is unavailable. The task is then delivered again when its lease ends.
-    pub async fn hand_back(self) -> efferent_bus::Result<()> {
+    pub async fn hand_back(mut self) -> efferent_bus::Result<()> {
+        self.defer_beginning();
+        let handed_back = self.attempt_with(FailureClass::HandedBack, "the worker was told to stop".to_owned());
+        self.ledger.apply(&self.job_id, &Transition::Missed(handed_back)).await?;
         self.lease.nak(Duration::ZERO).await
     }
 
@@ -257,23 +306,41 @@ impl Held {
         if time::unix_ms(SystemTime::now()) >= expires_at_ms { self.expire().await } else { self.done().await }
     }
 
-    /// It failed: ends the job, or has the task delivered again with growing delay.
+    /// It failed: ends the job, or has the task delivered again with growing delay, as often as failures of its class may happen.
     ///
     /// # Errors
     /// If the bus is unavailable.
     pub async fn failed(mut self, error: &EngineError) -> efferent_bus::Result<()> {
         self.defer_beginning();
-        tracing::warn!(job_id = self.job_id, attempt = self.attempt, %error, cause = cause(error), "task failed");
-        metrics::counter!("efferent_tasks_failed_total", "queue" => self.queue.clone()).increment(1);
-        if !error.is_transient() {
+        let class = error.class();
+        let label = class.map_or("bad_input", class_label);
+        tracing::warn!(job_id = self.job_id, attempt = self.attempt, class = label, %error, cause = cause(error), "task failed");
+        metrics::counter!("efferent_tasks_failed_total", "queue" => self.queue.clone(), "class" => label).increment(1);
+        let Some(class) = class else {
             self.end(JobState::Failed, error.to_api()).await?;
             return self.lease.ack().await;
-        }
-        if self.attempt >= MAX_ATTEMPTS {
+        };
+        let missed = Transition::Missed(self.attempt_with(class, error.to_string()));
+        let outcome = self.patiently(|| self.ledger.apply(&self.job_id, &missed)).await?;
+        let Outcome::Changed(record) = outcome else { return self.done().await };
+        if let Some(class) = Tally::of(&record, &self.key).exhausted() {
             let message = format!("tried {} times, and at last: {error}", self.attempt);
-            return self.bury(ApiError::new(ErrorCode::AttemptsExhausted, message)).await;
+            return self.bury(class, message).await;
         }
-        self.lease.nak(Duration::from_millis(250) * 2u32.pow(self.attempt.min(6))).await
+        let (pause, doublings) = BACK_OFF;
+        self.lease.nak(pause * 2u32.pow(self.attempt.min(doublings))).await
+    }
+
+    fn attempt_with(&self, class: FailureClass, error: String) -> Attempt {
+        Attempt {
+            queue: self.queue.clone(),
+            task: self.key.clone(),
+            number: self.attempt,
+            worker_id: self.worker_id.clone(),
+            time: None,
+            class: class.into(),
+            error,
+        }
     }
 
     async fn expire(self) -> efferent_bus::Result<()> {
@@ -286,26 +353,27 @@ impl Held {
         self.lease.ack().await
     }
 
-    /// Ends the job, keeps the task with the dead, removes it from its queue.
-    async fn bury(self, error: ApiError) -> efferent_bus::Result<()> {
-        metrics::counter!("efferent_dead_letters_total", "queue" => self.queue.clone()).increment(1);
-        let reason = error.message.clone();
-        let letter = DeadLetter {
-            queue: self.queue.clone(),
-            job_id: self.job_id.clone(),
-            task: self.payload.clone(),
-            error: Some(error.clone().into()),
-            attempts: self.attempt,
-            worker_id: self.worker_id.clone(),
-            time_ms: time::unix_ms(SystemTime::now()),
+    /// Keeps the job with the dead, ends it, removes the task from its queue.
+    async fn bury(self, class: FailureClass, message: String) -> efferent_bus::Result<()> {
+        let Some(record) = self.ledger.job(&self.job_id).await?.filter(|record| !has_ended(record)) else {
+            return self.done().await;
         };
-        self.ledger.bury(&letter).await?;
-        self.end(JobState::Failed, error).await?;
+        metrics::counter!("efferent_dead_letters_total", "queue" => self.queue.clone(), "class" => class_label(class))
+            .increment(1);
+        let error = ApiError::new(ErrorCode::AttemptsExhausted, message);
+        self.ledger.bury(&record, class, error.clone().into()).await?;
+        let reason = error.message.clone();
+        let outcome = self.end(JobState::Failed, error).await?;
+        let state = outcome.record().and_then(|record| record.job.as_ref()).map(Job::state);
+        if state.is_some_and(|state| state != JobState::Failed) {
+            // It ended otherwise at the last moment: a worker that had been given up was quicker.
+            self.ledger.drop_letter(&self.job_id).await?;
+        }
         self.lease.terminate(&reason).await
     }
 
-    async fn end(&self, state: JobState, error: ApiError) -> efferent_bus::Result<()> {
-        self.ledger.apply(&self.job_id, &Transition::End { state, error: error.into() }).await.map(drop)
+    async fn end(&self, state: JobState, error: ApiError) -> efferent_bus::Result<Outcome> {
+        self.ledger.apply(&self.job_id, &Transition::End { state, error: error.into() }).await
     }
 }
 
@@ -334,6 +402,17 @@ async fn keep(lease: Arc<dyn Lease>, ledger: Ledger, job_id: String, expires_at_
         {
             return token.cancel();
         }
+    }
+}
+
+fn class_label(class: FailureClass) -> &'static str {
+    match class {
+        FailureClass::Unspecified => "unknown",
+        FailureClass::Transient => "transient",
+        FailureClass::OutOfMemory => "out_of_memory",
+        FailureClass::EngineCrash => "engine_crash",
+        FailureClass::WorkerLost => "worker_lost",
+        FailureClass::HandedBack => "handed_back",
     }
 }
 

@@ -38,7 +38,9 @@ UPDATE tasks SET leased = 0, due = 0 WHERE leased = 1;
 
 /// How often what has expired is removed.
 pub(super) const SWEEP: Duration = Duration::from_millis(200);
-pub(super) type Call = Box<dyn FnOnce(&Transaction<'_>, &mut Aftermath) -> Box<dyn FnOnce(bool) + Send> + Send>;
+/// A call, and what answers it once it is durable, or with what went wrong instead.
+pub(super) type Call = Box<dyn FnOnce(&Transaction<'_>, &mut Aftermath) -> Reply + Send>;
+pub(super) type Reply = Box<dyn FnOnce(Option<&str>) + Send>;
 
 /// What to tell others once the transaction is durable.
 #[derive(Default)]
@@ -46,6 +48,8 @@ pub(super) struct Aftermath {
     pub(super) changes: Vec<(Bucket, Change)>,
     pub(super) woken: Vec<String>,
     pub(super) watchers: Vec<(Bucket, channel::UnboundedSender<Change>)>,
+    /// Why the transaction cannot be committed, if a call has brought it down.
+    fault: Option<String>,
 }
 
 #[derive(Debug, Default)]
@@ -104,7 +108,9 @@ impl Database {
         let committed = match self.connection.transaction() {
             Ok(transaction) => {
                 replies.push(first(&transaction, &mut aftermath));
+                // After a fault such as a full disk SQLite has undone everything, and what follows would be outside the transaction.
                 while replies.len() < 256
+                    && !transaction.is_autocommit()
                     && let Ok(call) = self.inbox.try_recv()
                 {
                     replies.push(call(&transaction, &mut aftermath));
@@ -114,14 +120,14 @@ impl Database {
             // Dropping the call tells the caller.
             Err(error) => Err(error),
         };
-        if let Err(error) = &committed {
+        let fault = committed.err().map(|error| {
             tracing::error!(%error, "the queue's database failed");
-        }
-        let durable = committed.is_ok();
-        if durable {
+            aftermath.fault.take().unwrap_or_else(|| what(&error).to_owned())
+        });
+        if fault.is_none() {
             self.tell(aftermath);
         }
-        replies.into_iter().for_each(|reply| reply(durable));
+        replies.into_iter().for_each(|reply| reply(fault.as_deref()));
     }
 
     fn tell(&mut self, aftermath: Aftermath) {
@@ -189,6 +195,12 @@ pub(super) fn apart<T>(
         aftermath.changes.append(&mut own.changes);
         aftermath.woken.append(&mut own.woken);
         aftermath.watchers.append(&mut own.watchers);
+    } else if transaction.is_autocommit() {
+        if let Err(error @ Error::Unavailable { what, .. }) = &outcome {
+            tracing::debug!(%error, "a call brought its transaction down");
+            aftermath.fault = Some(what.clone());
+        }
+        return outcome;
     } else {
         savepoint("ROLLBACK TO call")?;
     }
@@ -198,7 +210,14 @@ pub(super) fn apart<T>(
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
-        Error::unavailable("the embedded queue's database", error)
+        Error::unavailable(what(&error), error)
+    }
+}
+
+fn what(error: &rusqlite::Error) -> &'static str {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::DiskFull) => "the disk is full, the embedded queue's database cannot be written",
+        _ => "the embedded queue's database",
     }
 }
 

@@ -100,20 +100,23 @@ impl Inner {
         what: impl Fn() -> String,
         work: impl FnOnce(&Transaction<'_>, &mut Aftermath) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let (reply, answer) = oneshot::channel::<Option<Result<T>>>();
+        let (reply, answer) = oneshot::channel::<Result<T>>();
         let call: Call = Box::new(move |transaction, aftermath| {
             // Whoever asked has gone away: a lease would be given to nobody.
             if reply.is_closed() {
                 return Box::new(|_| {});
             }
             let outcome = apart(transaction, aftermath, work);
-            Box::new(move |durable| {
-                let _ = reply.send(durable.then_some(outcome));
+            Box::new(move |fault| {
+                let _ = reply.send(match fault {
+                    None => outcome,
+                    Some(fault) => Err(Error::Unavailable { what: fault.to_owned(), source: None }),
+                });
             })
         });
         let closed = || Error::Unavailable { what: what(), source: None };
         self.calls.send(call).map_err(|_| closed())?;
-        answer.await.ok().flatten().unwrap_or_else(|| Err(closed()))
+        answer.await.unwrap_or_else(|_| Err(closed()))
     }
 }
 
@@ -311,9 +314,14 @@ impl Bus for Embedded {
         let length = bytes.len() as i64;
         let path = object_path(&self.inner.folder, &hash);
         let written = tokio::task::spawn_blocking(move || write_durably(&path, &bytes)).await;
-        written
-            .map_err(|error| Error::unavailable("storing an object", error))?
-            .map_err(|error| Error::unavailable("storing an object", error))?;
+        written.map_err(|error| Error::unavailable("storing an object", error))?.map_err(|error| {
+            match error.kind() {
+                std::io::ErrorKind::StorageFull => {
+                    Error::unavailable("the disk is full, an object cannot be stored", error)
+                }
+                _ => Error::unavailable("storing an object", error),
+            }
+        })?;
         let (name, until) = (hash.clone(), ttl.map(after));
         self.inner
             .call(

@@ -1,9 +1,11 @@
 //! Jobs, results, workers and models as typed records on top of a bus.
 //!
-//! [`transition`] is the pure part: what may follow what in a job's life. This file does the reading, comparing and swapping; [`batches`] keeps
-//! many requests that were submitted together.
+//! [`transition`] is the pure part: what may follow what in a job's life; [`attempts`] how often a task may fail in which way. This file does the
+//! reading, comparing and swapping; [`batches`] keeps many requests that were submitted together, [`dead`] jobs that were given up.
 
+pub mod attempts;
 pub mod batches;
+pub mod dead;
 pub mod transition;
 
 use std::{
@@ -13,7 +15,7 @@ use std::{
 
 use bytes::Bytes;
 use efferent_proto::{
-    internal::{DeadLetter, IdempotencyRecord, JobEvents, JobRecord, KnownJob},
+    internal::{IdempotencyRecord, JobEvents, JobRecord, KnownJob},
     names,
     v1::{JobEvent, Model, Worker, job_event::Event},
 };
@@ -250,12 +252,6 @@ impl Ledger {
             return Ok(());
         }
         self.bus.put(Bucket::Models, &model.name, value, None).await.map(drop)
-    }
-
-    /// Keeps a task that failed for good.
-    pub async fn bury(&self, letter: &DeadLetter) -> Result<()> {
-        let key = format!("{}.{}", letter.job_id, blake3::hash(&letter.task).to_hex());
-        self.bus.put(Bucket::Dead, &key, encode(letter), Some(self.options.retention)).await.map(drop)
     }
 }
 

@@ -6,10 +6,12 @@ use efferent_proto::{
     internal::JobRecord,
     time,
     v1::{
-        Conditioning, Done, Error, Failed, GenerateRequest, Image, Job, JobEvent, JobState, Model, Queued, Rendering,
-        job_event::Event,
+        Attempt, Conditioning, Done, Error, Failed, GenerateRequest, Image, Job, JobEvent, JobState, Model, Queued,
+        Rendering, job_event::Event,
     },
 };
+
+use super::attempts;
 
 /// A change of a job.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +28,10 @@ pub enum Transition {
     },
     /// One of its images is recorded. With the last one, the job has succeeded.
     Image(Image),
+    /// One of its tasks, delivered before, is begun again.
+    Begun(Attempt),
+    /// An attempt at one of its tasks has ended, and not well.
+    Missed(Attempt),
     /// It ends without all of its images.
     End {
         /// `Failed`, `Cancelled` or `Expired`.
@@ -117,6 +123,8 @@ pub fn apply(record: &mut JobRecord, transition: &Transition, now: SystemTime) -
                 append(record, JobState::Succeeded, Event::Done(Done { image_count: wanted, total_time }), now);
             }
         }
+        Transition::Begun(attempt) => attempts::begin(record, attempt, now),
+        Transition::Missed(attempt) => attempts::end(record, attempt, now),
         Transition::End { state, error } => {
             append(record, *state, Event::Failed(Failed { state: (*state).into(), error: Some(error.clone()) }), now);
             if let Some(job) = &mut record.job {

@@ -49,6 +49,9 @@ use crate::{
 };
 
 const CHUNK: usize = 900 * 1024;
+/// How often the server is asked whether it is there. After three questions without an answer the connection is made anew: that of a server that
+/// vanished without a word would stay for minutes.
+const PING: Duration = Duration::from_secs(5);
 /// Chunks on their way at once.
 const WINDOW: usize = 8;
 const CONSUMER: &str = "workers";
@@ -113,6 +116,7 @@ impl Nats {
     /// If the server cannot be reached, is too old, has no JetStream, or did not take a configuration.
     pub async fn connect(options: Options) -> Result<Self> {
         let mut connect = ConnectOptions::new().name("efferent").request_timeout(Some(options.timeout));
+        connect = connect.ping_interval(PING);
         if !options.credentials.is_empty() {
             connect = connect
                 .credentials_file(&options.credentials)
@@ -246,6 +250,8 @@ impl Bus for Nats {
             ("deliver_policy", got.deliver_policy != wanted.deliver_policy),
             ("max_deliver", got.max_deliver > 0),
             ("max_ack_pending", got.max_ack_pending != wanted.max_ack_pending),
+            // 0 stands for as many as the stream has.
+            ("replicas", got.num_replicas != 0 && got.num_replicas != wanted.num_replicas.max(1)),
         ];
         refuse_differences("consumer of queue", &spec.name, &differs)?;
         let queue = Queue { stream, consumer, spec: spec.clone() };
@@ -460,13 +466,22 @@ fn is_full(error: &PublishError) -> bool {
 }
 
 async fn get_chunk(objects: &Stream, subject: &str) -> Result<Option<(Bytes, usize)>> {
-    use async_nats::jetstream::stream::DirectGetErrorKind;
+    use async_nats::jetstream::stream::{DirectGetErrorKind, LastRawMessageErrorKind};
+    let parts = |message: jetstream::message::StreamMessage| {
+        let chunks = message.headers.get(CHUNKS).and_then(|value| value.as_str().parse().ok()).unwrap_or(1);
+        (message.payload, chunks)
+    };
     match objects.direct_get_last_for_subject(subject).await {
-        Ok(message) => {
-            let chunks = message.headers.get(CHUNKS).and_then(|value| value.as_str().parse().ok()).unwrap_or(1);
-            Ok(Some((message.payload, chunks)))
-        }
-        Err(error) if error.kind() == DirectGetErrorKind::NotFound => Ok(None),
+        Ok(message) => Ok(Some(parts(message))),
+        Err(error) if error.kind() == DirectGetErrorKind::NotFound => match objects.cached_info().config.num_replicas {
+            0 | 1 => Ok(None),
+            // That copy may be behind: ask the leader.
+            _ => match objects.get_last_raw_message_by_subject(subject).await {
+                Ok(message) => Ok(Some(parts(message))),
+                Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
+                Err(error) => Err(Error::unavailable("reading an object", error)),
+            },
+        },
         Err(error) => Err(Error::unavailable("reading an object", error)),
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use async_nats::jetstream::{
     self,
-    kv::{self, Store},
-    stream::{self, StorageType, Stream},
+    kv::Store,
+    stream::{self, DiscardPolicy, StorageType, Stream},
 };
 
 use super::{Options, fault};
@@ -55,7 +55,8 @@ pub(super) async fn make_stream(context: &jetstream::Context, config: stream::Co
         ),
         ("duplicate_window", !config.duplicate_window.is_zero() && got.duplicate_window != config.duplicate_window),
         ("allow_msg_ttl", got.allow_message_ttl != config.allow_message_ttl),
-        ("allow_direct", config.allow_direct && !got.allow_direct),
+        ("subject_delete_marker_ttl", got.subject_delete_marker_ttl != config.subject_delete_marker_ttl),
+        ("allow_direct", got.allow_direct != config.allow_direct),
     ];
     refuse_differences("stream", &name, &differs)?;
     context.get_stream(&name).await.map_err(fault(what))
@@ -69,25 +70,25 @@ pub(super) fn refuse_differences(kind: &str, name: &str, differs: &[(&str, bool)
     Err(Error::Unfit(format!("{kind} {name}: the NATS server did not take these settings: {}", names.join(", "))))
 }
 
+/// Makes or updates a key-value bucket. Copies of one answer reads only if there is a single one: in a cluster, a copy may be behind its leader, and
+/// a value that was just written would not be found.
 pub(super) async fn make_bucket(context: &jetstream::Context, options: &Options, bucket: Bucket) -> Result<Store> {
     let name = format!("{}-{}", options.prefix, bucket.name());
-    let config = kv::Config {
-        bucket: name.clone(),
-        history: 1,
-        max_value_size: i32::try_from(MAX_VALUE + 4096).unwrap_or(i32::MAX),
+    let config = stream::Config {
+        name: format!("KV_{name}"),
+        subjects: vec![format!("$KV.{name}.>")],
         storage: StorageType::File,
+        discard: DiscardPolicy::New,
         num_replicas: options.replicas,
-        limit_markers: Some(MARKER),
+        max_messages_per_subject: 1,
+        max_message_size: i32::try_from(MAX_VALUE + 4096).unwrap_or(i32::MAX),
+        allow_rollup: true,
+        deny_delete: true,
+        allow_direct: options.replicas <= 1,
+        allow_message_ttl: true,
+        subject_delete_marker_ttl: Some(MARKER),
         ..Default::default()
     };
-    let store = context.create_or_update_key_value(config).await.map_err(fault(format!("making bucket {name}")))?;
-    let got = &store.stream.cached_info().config;
-    let differs = [
-        ("history", got.max_messages_per_subject != 1),
-        ("allow_msg_ttl", !got.allow_message_ttl),
-        ("subject_delete_marker_ttl", got.subject_delete_marker_ttl != Some(MARKER)),
-        ("replicas", got.num_replicas != options.replicas.max(1)),
-    ];
-    refuse_differences("bucket", &name, &differs)?;
-    Ok(store)
+    make_stream(context, config).await?;
+    context.get_key_value(&name).await.map_err(fault(format!("making bucket {name}")))
 }

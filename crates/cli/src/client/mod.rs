@@ -2,10 +2,11 @@
 //!
 //! Read in this order: this file (where coordinators are), [`follow`] (a job's events, whatever breaks on the way), [`generate`]
 //! (`efferent generate`), [`files`] (where pictures go), [`progress`] (what a person sees meanwhile), [`batch`]
-//! (many prompts from a file), [`jobs`] and [`cluster`] (the small commands), [`json`] (what scripts see), [`ready`] (asking an admin port).
+//! (many prompts from a file), [`dead`] (jobs that were given up), [`jobs`] and [`cluster`] (the small commands), [`json`] (what scripts see), [`ready`] (asking an admin port).
 
 pub(crate) mod batch;
 pub(crate) mod cluster;
+pub(crate) mod dead;
 pub(crate) mod files;
 pub(crate) mod follow;
 pub(crate) mod generate;
