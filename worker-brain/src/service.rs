@@ -145,10 +145,10 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
         tasks.spawn(async move {
             let suspects = worker.batch(deliveries).await;
             drop(permit);
-            for suspect in suspects {
-                let alone = batches.acquire_many(BATCHES as u32).await.expect("the semaphore is never closed");
-                worker.encode(vec![suspect]).await;
-                drop(alone);
+            for (in_flight, task, suspect) in suspects {
+                let _alone = batches.acquire_many(BATCHES as u32).await.expect("the semaphore is never closed");
+                let admission = suspect.begin_again().await;
+                worker.encode(Worker::taken(in_flight, task, admission).into_iter().collect()).await;
             }
         });
     }
@@ -168,9 +168,15 @@ struct Taken {
 
 impl Worker {
     /// Works on what was pulled, but for tasks that are to be worked on alone: those are left to the caller.
-    async fn batch(&self, deliveries: Vec<Delivery>) -> Vec<Taken> {
+    async fn batch(&self, deliveries: Vec<Delivery>) -> Vec<(InFlight, BrainTask, Box<Held>)> {
         let admitted = join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await;
-        let (suspects, taken) = admitted.into_iter().flatten().partition(|taken: &Taken| taken.held.is_suspect());
+        let (mut taken, mut suspects) = (Vec::new(), Vec::new());
+        for (in_flight, task, admission) in admitted.into_iter().flatten() {
+            match admission {
+                Ok(Admission::Suspect(held)) => suspects.push((in_flight, task, held)),
+                admission => taken.extend(Self::taken(in_flight, task, admission)),
+            }
+        }
         self.encode(taken).await;
         suspects
     }
@@ -188,8 +194,8 @@ impl Worker {
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
     }
 
-    async fn admit(&self, delivery: Delivery) -> Option<Taken> {
-        let _in_flight = self.member.hold();
+    async fn admit(&self, delivery: Delivery) -> Option<(InFlight, BrainTask, efferent_bus::Result<Admission>)> {
+        let in_flight = self.member.hold();
         let task: BrainTask = task::read(&delivery).await?;
         let conditioning = Transition::Conditioning { worker_id: self.member.id().to_owned() };
         let admission = task::admit(
@@ -202,9 +208,13 @@ impl Worker {
             conditioning,
         )
         .await;
+        Some((in_flight, task, admission))
+    }
+
+    fn taken(in_flight: InFlight, task: BrainTask, admission: efferent_bus::Result<Admission>) -> Option<Taken> {
         match admission {
-            Ok(Admission::Go(held, record)) => Some(Taken { _in_flight, held, task, record }),
-            Ok(Admission::Dropped) => None,
+            Ok(Admission::Go(held, record)) => Some(Taken { _in_flight: in_flight, held, task, record }),
+            Ok(_) => None,
             Err(error) => {
                 tracing::warn!(job_id = task.job_id, %error, "cannot take a task on; it is delivered again");
                 None

@@ -177,21 +177,23 @@ impl Worker {
             rendering,
         )
         .await?;
+        let (admission, _room) = match admission {
+            Admission::Suspect(held) => {
+                drop(room);
+                let all = self.room.clone().acquire_many_owned(self.capacity as u32);
+                let all = tokio::select! {
+                    all = all => all.expect("the semaphore is never closed"),
+                    () = self.abandoned.cancelled() => return held.hand_back().await,
+                };
+                (held.begin_again().await?, all)
+            }
+            admission => (admission, room),
+        };
         let Admission::Go(mut held, record) = admission else { return Ok(()) };
         // An earlier attempt may have recorded the image and died before it could say so.
         if transition::images(&record).any(|image| image.image_index == task.image_index) {
             return held.done().await;
         }
-        let _room = match held.is_suspect() {
-            true => {
-                drop(room);
-                tokio::select! {
-                    all = self.room.clone().acquire_many_owned(self.capacity as u32) => all.expect("the semaphore is never closed"),
-                    () = self.abandoned.cancelled() => return held.hand_back().await,
-                }
-            }
-            false => room,
-        };
         let signal = match self.signal(task).await? {
             Ok(signal) => signal,
             Err(error) => return held.failed(&error).await,

@@ -12,7 +12,7 @@ use efferent_bus::{
     ledger::{
         Ledger, Outcome, Transition,
         attempts::{MAX_CRASHES, MAX_DELIVERIES, Tally},
-        has_ended,
+        has_ended, transition,
     },
 };
 use efferent_proto::{
@@ -102,7 +102,6 @@ pub struct Held {
     keeper: AbortHandle,
     /// That work on it has begun, as long as that is not written.
     beginning: Option<Transition>,
-    suspect: bool,
 }
 
 /// What to do with a task that was just pulled.
@@ -110,6 +109,9 @@ pub struct Held {
 pub enum Admission {
     /// Work on it; the job as it is now.
     Go(Box<Held>, Box<JobRecord>),
+    /// It may be its fault that earlier attempts took their workers down: it is to be worked on with nothing else in its worker. When that is so, it
+    /// begins by [`Held::begin_again`].
+    Suspect(Box<Held>),
     /// Nothing: it was cancelled, expired, finished or buried, and is answered.
     Dropped,
 }
@@ -152,7 +154,7 @@ pub async fn admit(
     let keeper =
         tokio::spawn(keep(lease.clone(), ledger.clone(), job.clone(), expires_at_ms, token.clone())).abort_handle();
     let (ledger, worker_id, cancellations) = (ledger.clone(), worker_id.to_owned(), cancellations.clone());
-    let mut held = Held {
+    let held = Held {
         queue,
         key,
         job_id: job,
@@ -165,7 +167,6 @@ pub async fn admit(
         token,
         keeper,
         beginning: Some(beginning),
-        suspect: false,
     };
     if time::unix_ms(SystemTime::now()) >= expires_at_ms {
         held.expire().await?;
@@ -180,23 +181,19 @@ pub async fn admit(
         held.ledger.remember(known.cloned().unwrap_or_default());
         return Ok(Admission::Go(Box::new(held), Box::new(record.clone())));
     }
-    let begun = Transition::Begun(held.attempt_with(FailureClass::Unspecified, String::new()));
-    let record = match held.ledger.apply(&held.job_id, &begun).await? {
-        Outcome::Changed(record) => record,
-        Outcome::Unchanged(_) | Outcome::Unknown => {
-            metrics::counter!("efferent_tasks_dropped_total", "why" => "job over").increment(1);
-            held.done().await?;
-            return Ok(Admission::Dropped);
-        }
-    };
+    // What it would be to begin.
+    let mut record = held.ledger.job(&held.job_id).await?.unwrap_or_default();
+    let begun = held.begun();
+    transition::apply(&mut record, &begun, SystemTime::now());
     let tally = Tally::of(&record, &held.key);
     if let Some(class) = tally.exhausted() {
         let message = format!("took down {MAX_CRASHES} workers: each crashed, died or was not heard of for its lease");
+        held.ledger.apply(&held.job_id, &begun).await?;
         held.bury(class, message).await?;
         return Ok(Admission::Dropped);
     }
-    held.suspect = tally.is_suspect();
-    Ok(Admission::Go(Box::new(held), record))
+    let held = Box::new(held);
+    if tally.is_suspect() { Ok(Admission::Suspect(held)) } else { held.begin_again().await }
 }
 
 impl Held {
@@ -249,9 +246,23 @@ impl Held {
         self.token.is_cancelled()
     }
 
-    /// Whether it may be its fault that earlier attempts took their workers down: it is to be worked on with nothing else in its worker.
-    pub fn is_suspect(&self) -> bool {
-        self.suspect
+    /// Writes that an attempt is made that is not the first, before it is.
+    ///
+    /// # Errors
+    /// If the bus is unavailable; the task is delivered again when its lease ends.
+    pub async fn begin_again(self: Box<Self>) -> efferent_bus::Result<Admission> {
+        match self.ledger.apply(&self.job_id, &self.begun()).await? {
+            Outcome::Changed(record) => Ok(Admission::Go(self, record)),
+            Outcome::Unchanged(_) | Outcome::Unknown => {
+                metrics::counter!("efferent_tasks_dropped_total", "why" => "job over").increment(1);
+                self.done().await?;
+                Ok(Admission::Dropped)
+            }
+        }
+    }
+
+    fn begun(&self) -> Transition {
+        Transition::Begun(self.attempt_with(FailureClass::Unspecified, String::new()))
     }
 
     /// Has an outcome written. While the bus is unavailable it is tried again, as long as the job is wanted: what was computed is not computed
