@@ -18,6 +18,9 @@ const COUNTERS: &[Meter] = &[
     ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
     ("efferent_dead_letters_total", "Tasks that failed for good, by queue"),
     ("efferent_signal_cache_total", "Prompts looked for among the cached control signals, by result (hit or miss)"),
+    ("efferent_hand_checkpoints_total", "Checkpoints of images that this hand stored"),
+    ("efferent_hand_resumes_total", "Images that this hand went on with from a checkpoint"),
+    ("efferent_hand_steps_saved_total", "Steps that this hand did not have to take again, thanks to checkpoints"),
     ("efferent_engine_panics_total", "Times that the engine panicked and was built anew"),
 ];
 
@@ -30,6 +33,8 @@ const GAUGES: &[Meter] = &[
         "Since when the oldest task has been in the queue, by queue, as a coordinator measured",
     ),
     ("efferent_worker_in_flight", "Tasks that this worker holds"),
+    ("efferent_hand_parked", "Images of the batch lane that are not advanced while interactive ones are"),
+    ("efferent_hand_best_batch_size", "Samples that a hand best advances together, by shape, as measured"),
 ];
 
 const HISTOGRAMS: &[Meter] = &[
