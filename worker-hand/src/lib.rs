@@ -1,15 +1,20 @@
 //! Hand worker: takes control signals from the queue, renders images, records them.
 //!
-//! Read in this order: [`service`] (the worker), [`engine_loop`] (the thread that steps a running batch), [`encode`] (image files),
+//! Read in this order: [`service`] (the worker), [`places`] (how many tasks it holds), [`engine_loop`] (the thread that steps a running batch),
+//! [`turns`] (who is advanced next), [`profile`] (how many together), [`checkpoints`] (going on after a crash), [`encode`] (image files),
 //! [`noise`] and [`samplers`] (shared by families), [`families`] (the models).
 //!
 //! Deliberately absent: language, and everything that a brain knows.
 
+mod checkpoints;
 pub mod encode;
 pub mod engine_loop;
 pub mod families;
 pub mod noise;
+mod places;
+pub mod profile;
 pub mod samplers;
 pub mod service;
+pub mod turns;
 
 pub use service::{Error, Options, run};

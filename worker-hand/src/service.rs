@@ -1,6 +1,7 @@
 //! The hand worker: pulls tasks, renders them in the running batch, records images.
 
 use std::{
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -15,26 +16,29 @@ use efferent_proto::{
     ApiError,
     internal::{ControlSignal, HandTask, hand_task},
     names, time,
-    v1::{ErrorCode, GenerateRequest, Image, JobEvent, Model, Preview, Step, WorkerRole, job_event::Event},
+    v1::{ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event},
     work,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
-    intake::Intake,
+    intake::{self, IDLE_WAIT},
     lifecycle::{Member, Profile},
     task::{self, Admission, BRISK, Cancellations, Held},
     thread::Factory,
 };
+use futures::future::join_all;
 use image::RgbImage;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    checkpoints::Checkpoints,
     encode as files,
-    engine_loop::{EngineLoop, Order, Update},
+    engine_loop::{Checkpoint, EngineLoop, Order, Rules, Update},
+    places::{Place, Places},
 };
 
 /// Files of up to this many bytes travel in the event that tells of the image, so that nobody who listens has to fetch them.
@@ -42,20 +46,40 @@ const MAX_TOLD: usize = 64 * 1024;
 /// Bytes of pixels up to which a picture becomes a file sooner than a thread for it wakes up.
 const MAX_ENCODED_HERE: usize = 32 * 1024;
 
+/// How long a hand with work in hand waits for more before it asks again.
+const BUSY_WAIT: Duration = Duration::from_secs(1);
+/// Most of the grace period that is kept for checkpoints of what is not done, and for handing it back.
+const LEAVING: Duration = Duration::from_secs(5);
+
 /// How a hand worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
-    /// Most images taken at once; 0 for as many as the model computes together. Default 0.
+    /// Most images taken at once, and most interactive ones while batch work has all places; 0 for as many as are best computed together.
+    /// Default 0.
     pub max_images: usize,
-    /// How long a stop waits for images in hand; what is not done by then goes back to the queue. Default 30 s.
+    /// How long a stop takes at most; what is not done shortly before goes back to the queue, with a checkpoint. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
+    /// Where times of steps are kept; empty for nowhere.
+    pub profile: PathBuf,
+    /// Images that take longer than this are checkpointed. Default 10 s.
+    #[serde(with = "humantime_serde")]
+    pub checkpoint_after: Duration,
+    /// How often; never if zero. Default 5 s.
+    #[serde(with = "humantime_serde")]
+    pub checkpoint_interval: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { max_images: 0, grace: Duration::from_secs(30) }
+        Self {
+            max_images: 0,
+            grace: Duration::from_secs(30),
+            profile: PathBuf::new(),
+            checkpoint_after: Duration::from_secs(10),
+            checkpoint_interval: Duration::from_secs(5),
+        }
     }
 }
 
@@ -76,11 +100,22 @@ struct Worker {
     engine: EngineLoop,
     member: Member,
     cancellations: Cancellations,
-    /// Images taken at once, and a permit for each.
-    capacity: usize,
-    room: Arc<Semaphore>,
-    /// Cancelled at the end of the grace period.
+    model: Model,
+    /// Cancelled towards the end of the grace period.
     abandoned: CancellationToken,
+    /// The time that is left then.
+    leaving: Duration,
+}
+
+/// How an image left the engine.
+#[derive(Debug)]
+enum Ending {
+    /// The picture, and the time it took.
+    Picture(RgbImage, Duration),
+    /// It cannot be rendered.
+    Failed(EngineError),
+    /// The worker stops.
+    Released(Option<Checkpoint>),
 }
 
 /// Serves until `shutdown`: loads the hand, registers, works, and at the end finishes what it has.
@@ -95,11 +130,20 @@ pub async fn run(
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
-    let (engine, spec) = EngineLoop::start(factory).await?;
+    let rules = Rules {
+        profile: Some(options.profile).filter(|path| !path.as_os_str().is_empty()),
+        device: devices.join(","),
+        checkpoint_after: options.checkpoint_after,
+        checkpoint_interval: options.checkpoint_interval,
+    };
+    let (engine, spec) = EngineLoop::start(factory, rules).await?;
     let model = spec.model.clone();
     ledger.declare_queues(&model).await?;
     let cancellations = Cancellations::listen(ledger.bus()).await?;
-    let capacity = if options.max_images == 0 { spec.max_batch.max(1) } else { options.max_images };
+    let (places, capacity) = match options.max_images {
+        0 => (engine.places(), spec.max_batch.max(1)),
+        most => (watch::channel(most).1, most),
+    };
     let profile = Profile {
         role: WorkerRole::Hand,
         models: vec![model.clone()],
@@ -110,52 +154,53 @@ pub async fn run(
     let member = Member::join(ledger.clone(), profile).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, hand = model.hand, "hand is ready");
-    let (room, abandoned) = (Arc::new(Semaphore::new(capacity)), CancellationToken::new());
-    let worker = Arc::new(Worker { ledger, engine, member, cancellations, capacity, room, abandoned });
-    work(options.grace, &worker, &model, &shutdown).await;
+    let leaving = LEAVING.min(options.grace / 5);
+    let (abandoned, tasks) = (CancellationToken::new(), TaskTracker::new());
+    let worker = Arc::new(Worker { ledger, engine, member, cancellations, model, abandoned, leaving });
+    let places = Places::new(places);
+    let told = async {
+        shutdown.requested().await;
+        worker.member.drain();
+    };
+    let lanes = names::LANES.map(|lane| worker.clone().work(lane, &places, &tasks, &shutdown));
+    tokio::join!(join_all(lanes), told);
+    tasks.close();
+    if tokio::time::timeout(options.grace.saturating_sub(leaving), tasks.wait()).await.is_err() {
+        tracing::warn!("images were left in hand at the end of the grace period; they go back to the queue");
+        worker.abandoned.cancel();
+        let _ = tokio::time::timeout(leaving, tasks.wait()).await;
+    }
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
     }
     Ok(())
 }
 
-async fn work(grace: Duration, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
-    let lanes = names::LANES.iter().map(|lane| names::hand_queue(&model.hand, *lane)).collect();
-    let mut intake = Intake::new(worker.ledger.bus().clone(), lanes);
-    let tasks = TaskTracker::new();
-    let room = worker.room.clone();
-    while !shutdown.is_triggered() {
-        let first = tokio::select! {
-            permit = room.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
-            () = shutdown.requested() => break,
-        };
-        // No more than can be started: what waits here could be rendered by another hand.
-        let free = room.available_permits();
-        let more = room.clone().try_acquire_many_owned(free as u32).ok().filter(|_| free > 0);
-        let mut permits = first;
-        if let Some(more) = more {
-            permits.merge(more);
-        }
-        for delivery in intake.next(permits.num_permits()).await {
-            let Some(permit) = permits.split(1) else { break };
-            let worker = worker.clone();
-            tasks.spawn(async move { worker.render(delivery, permit).await });
-        }
-    }
-    worker.member.drain();
-    tasks.close();
-    if tokio::time::timeout(grace, tasks.wait()).await.is_err() {
-        tracing::warn!("images were left in hand at the end of the grace period; they go back to the queue");
-        worker.abandoned.cancel();
-        let _ = tokio::time::timeout(grace.min(Duration::from_secs(5)), tasks.wait()).await;
-    }
-}
-
 impl Worker {
-    async fn render(&self, delivery: Delivery, room: OwnedSemaphorePermit) {
+    /// Takes tasks of a lane as there is room, until `shutdown`.
+    async fn work(self: Arc<Self>, lane: Lane, places: &Arc<Places>, tasks: &TaskTracker, shutdown: &Shutdown) {
+        let queue = names::hand_queue(&self.model.hand, lane);
+        while !shutdown.is_triggered() {
+            // No more than can be started: what waits here could be rendered by another hand.
+            let room = tokio::select! {
+                room = places.room(lane) => room,
+                () = shutdown.requested() => return,
+            };
+            let wait = if places.is_idle() { IDLE_WAIT } else { BUSY_WAIT };
+            for delivery in intake::pull(self.ledger.bus(), &queue, room, wait).await {
+                let (worker, place) = (self.clone(), places.take(lane));
+                tasks.spawn(async move { worker.render(delivery, lane, place).await });
+            }
+        }
+    }
+
+    async fn render(&self, delivery: Delivery, lane: Lane, place: Place) {
         let _in_flight = self.member.hold();
         let Some(task) = task::read::<HandTask>(&delivery).await else { return };
-        if let Err(error) = self.settle(delivery, &task, room).await {
+        let image = (task.job_id.as_str(), task.image_index);
+        let (bus, revision) = (self.ledger.bus(), &self.model.revision);
+        let mut checkpoints = Checkpoints::new(bus, image, &delivery.payload, revision, task.expires_at_ms);
+        if let Err(error) = self.settle(delivery, &task, lane, place, &mut checkpoints).await {
             tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
         }
     }
@@ -164,9 +209,12 @@ impl Worker {
         &self,
         delivery: Delivery,
         task: &HandTask,
-        room: OwnedSemaphorePermit,
+        lane: Lane,
+        place: Place,
+        checkpoints: &mut Checkpoints,
     ) -> efferent_bus::Result<()> {
         let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
+        let attempt = delivery.attempt;
         let admission = task::admit(
             &self.ledger,
             self.member.id(),
@@ -177,21 +225,25 @@ impl Worker {
             rendering,
         )
         .await?;
-        let (admission, _room) = match admission {
+        let found = if attempt > 1 { checkpoints.find().await } else { None };
+        let (admission, mut place, resume) = match admission {
             Admission::Suspect(held) => {
-                drop(room);
-                let all = self.room.clone().acquire_many_owned(self.capacity as u32);
-                let all = tokio::select! {
-                    all = all => all.expect("the semaphore is never closed"),
+                let alone = tokio::select! {
+                    alone = place.alone() => alone,
                     () = self.abandoned.cancelled() => return held.hand_back().await,
                 };
-                (held.begin_again().await?, all)
+                // It begins anew, in case it is the checkpoint that its workers died of.
+                (held.begin_again().await?, alone, None)
             }
-            admission => (admission, room),
+            admission => (admission, place, found),
         };
-        let Admission::Go(mut held, record) = admission else { return Ok(()) };
+        let Admission::Go(mut held, record) = admission else {
+            checkpoints.remove().await;
+            return Ok(());
+        };
         // An earlier attempt may have recorded the image and died before it could say so.
         if transition::images(&record).any(|image| image.image_index == task.image_index) {
+            checkpoints.remove().await;
             return held.done().await;
         }
         let signal = match self.signal(task).await? {
@@ -203,8 +255,11 @@ impl Worker {
         let unwanted = CancellationToken::new();
         self.engine.submit(Order {
             request: render_request(&request, task.seed, signal),
+            lane,
+            resume,
             preview_interval: request.preview_interval,
             unwanted: unwanted.clone(),
+            released: self.abandoned.clone(),
             updates,
         });
         // However this ends, the sample leaves the batch.
@@ -212,14 +267,41 @@ impl Worker {
         let mut progress = Vec::new();
         let stop = held.unwanted();
         let ending = tokio::select! {
-            ending = self.follow(&mut heard, task, &mut held, &mut progress) => ending,
-            () = stop => return held.stopped(task.expires_at_ms).await,
-            () = self.abandoned.cancelled() => return held.hand_back().await,
+            ending = self.follow(&mut heard, task, &mut held, checkpoints, &mut progress) => ending,
+            () = stop => {
+                checkpoints.remove().await;
+                return held.stopped(task.expires_at_ms).await;
+            }
+            // The engine is in a step that takes too long.
+            () = self.out_of_time() => Ending::Released(None),
         };
         match ending {
-            Ok((picture, render_time)) => self.record(*held, task, picture, render_time, progress).await,
-            Err(error) => held.failed(&error).await,
+            Ending::Picture(picture, render_time) => {
+                place.rendered();
+                self.record(*held, task, picture, render_time, progress).await?;
+                checkpoints.remove().await;
+                Ok(())
+            }
+            Ending::Failed(error) => {
+                // Whatever went wrong is not taken up again.
+                checkpoints.remove().await;
+                held.failed(&error).await
+            }
+            Ending::Released(checkpoint) => {
+                if let Some(checkpoint) = checkpoint {
+                    checkpoints.wait().await;
+                    checkpoints.store(checkpoint).await;
+                }
+                checkpoints.wait().await;
+                held.hand_back().await
+            }
         }
+    }
+
+    /// Waits until half of the time that is left for leaving is over.
+    async fn out_of_time(&self) {
+        self.abandoned.cancelled().await;
+        tokio::time::sleep(self.leaving / 2).await;
     }
 
     /// The control signal of a task; the inner error is the task's, the outer one the bus's.
@@ -239,14 +321,15 @@ impl Worker {
         }
     }
 
-    /// Passes progress on until the picture is there. What happens before it is written that work has begun is left in `progress`.
+    /// Passes progress on until the image leaves the engine. What happens before it is written that work has begun is left in `progress`.
     async fn follow(
         &self,
         heard: &mut mpsc::UnboundedReceiver<Update>,
         task: &HandTask,
         held: &mut Held,
+        checkpoints: &mut Checkpoints,
         progress: &mut Vec<Event>,
-    ) -> Result<(RgbImage, Duration), EngineError> {
+    ) -> Ending {
         let (image_index, steps) = (task.image_index, task.request.as_ref().map_or(0, GenerateRequest::steps));
         let brisk = tokio::time::sleep(BRISK);
         tokio::pin!(brisk);
@@ -268,10 +351,15 @@ impl Worker {
                         continue;
                     }
                 },
-                Some(Update::Finished(picture, render_time)) => return Ok((picture, render_time)),
-                Some(Update::Failed(error)) => return Err(error),
+                Some(Update::Checkpoint(checkpoint)) => {
+                    checkpoints.store(checkpoint).await;
+                    continue;
+                }
+                Some(Update::Finished(picture, render_time)) => return Ending::Picture(picture, render_time),
+                Some(Update::Failed(error)) => return Ending::Failed(error),
+                Some(Update::Released(checkpoint)) => return Ending::Released(checkpoint),
                 Some(Update::Stopped) | None => {
-                    return Err(EngineError::Crashed("the engine let go of an image".to_owned()));
+                    return Ending::Failed(EngineError::Crashed("the engine let go of an image".to_owned()));
                 }
             };
             if held.has_begun() {

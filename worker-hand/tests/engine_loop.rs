@@ -8,13 +8,17 @@ use std::{
 };
 
 use bytes::Bytes;
-use efferent_hand::engine_loop::{EngineLoop, Order, Update};
-use efferent_proto::v1::Size;
+use efferent_hand::{
+    engine_loop::{Checkpoint, EngineLoop, Order, Rules, Update},
+    turns::PATIENCE,
+};
+use efferent_proto::v1::{Lane, Size};
 use efferent_worker::{
     engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
     sim,
 };
 use image::RgbImage;
+use tempfile::TempDir;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_util::sync::CancellationToken;
 
@@ -23,6 +27,7 @@ const PANICS: u64 = 666;
 const FAILS: u64 = 404;
 const CANNOT_BEGIN: u64 = 400;
 const CANNOT_FINISH: u64 = 500;
+const CANNOT_CHECKPOINT: u64 = 501;
 
 /// A hand that does what seeds say, and takes a step only when it is told to.
 struct Scripted {
@@ -77,12 +82,16 @@ impl Hand for Scripted {
         Ok(RgbImage::new(seed(&sample) as u32, 1))
     }
 
-    fn checkpoint(&self, _: &Sample) -> Result<Bytes, EngineError> {
-        Ok(Bytes::new())
+    fn checkpoint(&self, sample: &Sample) -> Result<Bytes, EngineError> {
+        assert_ne!(seed(sample), CANNOT_CHECKPOINT, "cannot checkpoint");
+        Ok(vec![sample.step as u8].into())
     }
 
-    fn resume(&mut self, request: &RenderRequest, _: &[u8]) -> Result<Sample, EngineError> {
-        self.begin(request)
+    fn resume(&mut self, request: &RenderRequest, from: &[u8]) -> Result<Sample, EngineError> {
+        let mut sample = self.begin(request)?;
+        // Panics over what is broken, as no hand should.
+        sample.step = u32::from(from[0]);
+        Ok(sample)
     }
 }
 
@@ -90,10 +99,29 @@ struct Rig {
     engine: EngineLoop,
     script: Script,
     step: mpsc::Sender<()>,
+    _folder: TempDir,
+}
+
+/// An order's other ends.
+struct Ordered {
+    heard: UnboundedReceiver<Update>,
+    unwanted: CancellationToken,
+    released: CancellationToken,
 }
 
 impl Rig {
     async fn start(max_batch: usize) -> Self {
+        Self::with(max_batch, Rules::default()).await
+    }
+
+    async fn with(max_batch: usize, rules: Rules) -> Self {
+        // Steps take as long as the test says; the profile says that larger batches are worth while.
+        let folder = tempfile::tempdir().unwrap();
+        let profile = folder.path().join("profile.json");
+        let times = r#"{"1": 1.0, "2": 1.0, "4": 1.0, "8": 1.0}"#;
+        let model = r#""model": "sim", "revision": "1", "device": """#;
+        std::fs::write(&profile, format!(r#"{{{model}, "step_seconds": {{"8": {times}, "9": {times}}}}}"#)).unwrap();
+        let rules = Rules { profile: Some(profile), ..rules };
         let (step, steps) = mpsc::channel();
         let script = Script { batches: Arc::default(), built: Arc::default(), steps: Arc::new(Mutex::new(steps)) };
         let inside = script.clone();
@@ -102,18 +130,25 @@ impl Rig {
             let spec = EngineSpec { model: sim::model(), max_batch, simulated: true };
             Ok(Box::new(Scripted { spec, script: inside.clone() }) as Box<dyn Hand>)
         });
-        let (engine, _) = EngineLoop::start(factory).await.unwrap();
-        Self { engine, script, step }
+        let (engine, _) = EngineLoop::start(factory, rules).await.unwrap();
+        Self { engine, script, step, _folder: folder }
     }
 
     fn submit(&self, seed: u64, steps: u32, width: u32) -> (UnboundedReceiver<Update>, CancellationToken) {
+        let Ordered { heard, unwanted, .. } = self.order(seed, steps, width, Lane::Interactive, None);
+        (heard, unwanted)
+    }
+
+    fn order(&self, seed: u64, steps: u32, width: u32, lane: Lane, resume: Option<Bytes>) -> Ordered {
         let (updates, heard) = unbounded_channel();
-        let unwanted = CancellationToken::new();
+        let (unwanted, released) = (CancellationToken::new(), CancellationToken::new());
         let size = Size { width, height: 1 };
         let (signal, sampler) = (Arc::default(), String::new());
         let request = RenderRequest { signal, size, steps, guidance_scale: 1.0, seed, sampler };
-        self.engine.submit(Order { request, preview_interval: 2, unwanted: unwanted.clone(), updates });
-        (heard, unwanted)
+        let ends = (unwanted.clone(), released.clone());
+        let order = Order { request, lane, resume, preview_interval: 2, unwanted: ends.0, released: ends.1, updates };
+        self.engine.submit(order);
+        Ordered { heard, unwanted, released }
     }
 
     /// Lets the engine take `count` steps.
@@ -136,9 +171,14 @@ async fn story(mut heard: UnboundedReceiver<Update>) -> Vec<String> {
             Update::Preview(step, picture) => format!("preview {step} of {}", picture.height()),
             Update::Finished(picture, _) => format!("finished {}", picture.width()),
             Update::Failed(error) => format!("failed: {error}"),
+            Update::Checkpoint(Checkpoint { step, .. }) => format!("checkpoint {step}"),
             Update::Stopped => "stopped".to_owned(),
+            Update::Released(checkpoint) => format!("released at {:?}", checkpoint.map(|checkpoint| checkpoint.step)),
         });
-        if story.last().is_some_and(|last| last.starts_with("f") || last == "stopped") {
+        if story
+            .last()
+            .is_some_and(|last| ["f", "st", "r"].iter().any(|end| last.starts_with(end)) && !last.starts_with("step"))
+        {
             return story;
         }
     }
@@ -232,4 +272,99 @@ async fn a_panic_fails_the_one_at_fault_and_its_mates_finish() {
     // It goes on working.
     let (later, _keep) = rig.submit(5, 1, 8);
     assert_eq!(story(later).await, ["step 1", "finished 5"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn interactive_work_parks_batch_work_which_goes_on_afterwards() {
+    let rig = Rig::start(2).await;
+    let batch = [1, 2].map(|seed| rig.order(seed, 30, 8, Lane::Batch, None));
+    rig.run(3);
+    while rig.batches().len() < 3 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    // Of another shape, so that no batch work can come along.
+    let urgent = rig.order(3, 12, 9, Lane::Interactive, None);
+    rig.run(80);
+    assert_eq!(story(urgent.heard).await.last().unwrap(), "finished 3");
+    for (ordered, seed) in batch.into_iter().zip([1, 2]) {
+        let story = story(ordered.heard).await;
+        assert_eq!(
+            story.iter().filter(|update| update.starts_with("step")).count(),
+            30,
+            "no step is lost or taken twice"
+        );
+        assert_eq!(story.last().unwrap(), &format!("finished {seed}"));
+    }
+    let batches = rig.batches();
+    let first = batches.iter().position(|batch| batch == &[3]).unwrap();
+    let last = batches.iter().rposition(|batch| batch == &[3]).unwrap();
+    assert!(first <= 4, "it waits for the step under way and no longer: {batches:?}");
+    let between = batches[first..last].iter().filter(|batch| *batch != &[3]).count();
+    assert!(between <= 12usize.div_ceil(PATIENCE as usize), "{batches:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn batch_work_of_the_same_shape_fills_the_batch_of_interactive_work() {
+    let rig = Rig::start(2).await;
+    let batch = [1, 2].map(|seed| rig.order(seed, 9, 8, Lane::Batch, None));
+    let urgent = rig.order(3, 4, 8, Lane::Interactive, None);
+    rig.run(40);
+    for ordered in batch.into_iter().chain([urgent]) {
+        assert!(story(ordered.heard).await.last().unwrap().starts_with("finished"));
+    }
+    let batches = rig.batches();
+    let with = batches.iter().filter(|batch| batch.contains(&3)).count();
+    assert!(with == 4 && batches.iter().all(|batch| !batch.contains(&3) || batch.len() == 2), "{batches:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn long_renders_are_checkpointed_and_short_ones_are_not() {
+    let second = Duration::from_secs(1);
+    for (checkpoint_after, checkpoint_interval, wanted) in [
+        (Duration::ZERO, Duration::from_nanos(1), vec!["checkpoint 1", "checkpoint 2"]),
+        (600 * second, Duration::from_nanos(1), vec![]),
+        (Duration::ZERO, Duration::ZERO, vec![]),
+        (Duration::ZERO, 600 * second, vec![]),
+    ] {
+        let rig = Rig::with(4, Rules { checkpoint_after, checkpoint_interval, ..Rules::default() }).await;
+        let (heard, _keep) = rig.submit(1, 3, 8);
+        let (fails, _keep) = rig.submit(CANNOT_CHECKPOINT, 3, 8);
+        rig.run(9);
+        let told = story(heard).await;
+        assert_eq!(
+            told.iter().filter(|update| update.starts_with("checkpoint")).collect::<Vec<_>>(),
+            wanted.iter().collect::<Vec<_>>()
+        );
+        assert_eq!(told.last().unwrap(), "finished 1");
+        // A checkpoint that fails does no harm.
+        assert_eq!(story(fails).await.last().unwrap(), "finished 501");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sample_goes_on_from_a_checkpoint_and_begins_anew_without() {
+    let rig = Rig::start(4).await;
+    let order = |from: Bytes| rig.order(1, 4, 8, Lane::Interactive, Some(from)).heard;
+    let (resumed, broken, complete) = (order(vec![3].into()), order(Bytes::new()), order(vec![4].into()));
+    rig.run(20);
+    assert_eq!(story(resumed).await, ["step 4", "finished 1"]);
+    assert_eq!(story(broken).await[..2], ["step 1", "step 2"]);
+    assert_eq!(story(complete).await, ["finished 1"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_released_leaves_with_a_checkpoint() {
+    let rig = Rig::start(4).await;
+    let mut ordered = rig.order(1, 1000, 8, Lane::Batch, None);
+    rig.run(2);
+    for wanted in ["Step(1)", "Step(2)"] {
+        assert_eq!(format!("{:?}", ordered.heard.recv().await.unwrap()), wanted);
+    }
+    let waiting = rig.order(2, 9, 9, Lane::Batch, None);
+    [&ordered, &waiting].into_iter().for_each(|ordered| ordered.released.cancel());
+    rig.run(2);
+    let end = story(ordered.heard).await.pop().unwrap();
+    assert!(["released at Some(2)", "released at Some(3)"].contains(&&*end), "{end}");
+    assert!(story(waiting.heard).await.pop().unwrap().starts_with("released at"));
+    assert!(!ordered.unwanted.is_cancelled());
 }

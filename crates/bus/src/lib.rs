@@ -189,11 +189,13 @@ pub enum Bucket {
     Batches,
     /// Chunks of batches.
     Chunks,
+    /// Where checkpoints of renders are.
+    Checkpoints,
 }
 
 impl Bucket {
     /// Every bucket.
-    pub const ALL: [Bucket; 9] = [
+    pub const ALL: [Bucket; 10] = [
         Bucket::Jobs,
         Bucket::Idempotency,
         Bucket::Workers,
@@ -203,6 +205,7 @@ impl Bucket {
         Bucket::Dead,
         Bucket::Batches,
         Bucket::Chunks,
+        Bucket::Checkpoints,
     ];
 
     /// Its name in backends.
@@ -217,6 +220,7 @@ impl Bucket {
             Bucket::Dead => "dead",
             Bucket::Batches => "batches",
             Bucket::Chunks => "chunks",
+            Bucket::Checkpoints => "checkpoints",
         }
     }
 }

@@ -19,6 +19,9 @@ const COUNTERS: &[Meter] = &[
     ("efferent_dead_letters_total", "Jobs that were given up, by the queue of the task at fault and class"),
     ("efferent_signal_cache_total", "Prompts looked for among the cached control signals, by result (hit or miss)"),
     ("efferent_quota_refusals_total", "Requests refused because a tenant had what it may, by quota"),
+    ("efferent_hand_checkpoints_total", "Checkpoints of images that this hand stored"),
+    ("efferent_hand_resumes_total", "Images that this hand went on with from a checkpoint"),
+    ("efferent_hand_steps_saved_total", "Steps that this hand did not have to take again, thanks to checkpoints"),
     ("efferent_engine_panics_total", "Times that the engine panicked and was built anew"),
 ];
 
@@ -45,6 +48,8 @@ const GAUGES: &[Meter] = &[
     ),
     ("efferent_worker_in_flight", "Tasks that this worker holds"),
     ("efferent_worker_utilisation", "Part of the last seconds in which this worker was at work, 0 to 1"),
+    ("efferent_hand_parked", "Images of the batch lane that are not advanced while interactive ones are"),
+    ("efferent_hand_best_batch_size", "Samples that a hand best advances together, by shape, as measured"),
 ];
 
 const HISTOGRAMS: &[Meter] = &[

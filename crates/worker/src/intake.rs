@@ -1,11 +1,12 @@
-//! Pulling tasks from the lanes of a queue: interactive work first, batch work when none of that waits.
+//! Pulling tasks from the lanes of a queue: interactive work first, batch work when none of that waits ([`Intake`]); or each lane by itself
+//! ([`pull`]), for who can begin interactive work while batch work has all places.
 
 use std::time::{Duration, Instant};
 
 use efferent_bus::{Delivery, SharedBus};
 
 /// How long an idle worker waits for interactive work before it looks at the batch lane again.
-const IDLE_WAIT: Duration = Duration::from_millis(250);
+pub const IDLE_WAIT: Duration = Duration::from_millis(250);
 /// How long lanes that were empty are not looked at again while interactive work comes.
 const QUIET: Duration = Duration::from_millis(20);
 /// How long a worker rests after the bus failed it.
@@ -44,14 +45,8 @@ impl Intake {
     /// Up to `max` tasks, waiting a short while if there are none; empty after that, so that the caller can look whether it should stop.
     /// Not to be dropped half-way: a task that is on its way to us would wait for its lease to end.
     pub async fn next(&mut self, max: usize) -> Vec<Delivery> {
-        match self.pull(max).await {
-            Ok(deliveries) => deliveries,
-            Err(error) => {
-                tracing::warn!(%error, "cannot pull tasks");
-                tokio::time::sleep(FAULT_WAIT).await;
-                Vec::new()
-            }
-        }
+        let pulled = self.pull(max).await;
+        or_rest(pulled).await
     }
 
     async fn pull(&mut self, max: usize) -> efferent_bus::Result<Vec<Delivery>> {
@@ -65,5 +60,22 @@ impl Intake {
         }
         let deliveries = self.ready(max).await?;
         if deliveries.is_empty() { self.bus.pull(&first, max, IDLE_WAIT).await } else { Ok(deliveries) }
+    }
+}
+
+/// Up to `max` tasks of one lane, waiting up to `wait` for the first. Not to be dropped half-way, as [`Intake::next`].
+pub async fn pull(bus: &SharedBus, lane: &str, max: usize, wait: Duration) -> Vec<Delivery> {
+    or_rest(bus.pull(lane, max, wait).await).await
+}
+
+/// What was pulled; nothing, after a rest, if the bus failed.
+async fn or_rest(pulled: efferent_bus::Result<Vec<Delivery>>) -> Vec<Delivery> {
+    match pulled {
+        Ok(deliveries) => deliveries,
+        Err(error) => {
+            tracing::warn!(%error, "cannot pull tasks");
+            tokio::time::sleep(FAULT_WAIT).await;
+            Vec::new()
+        }
     }
 }

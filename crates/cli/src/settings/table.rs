@@ -312,7 +312,8 @@ const LOCAL: &[Setting] = &[
         "hand.max_images",
         "max-images",
         "N",
-        "Most images a hand takes at once; 0 for as many as the model computes together",
+        "Most images a hand takes at once, and most interactive ones while batch work has all places; 0 for as many as are best computed \
+         together, as measured",
     ),
     setting(
         Group::Hand,
@@ -320,6 +321,28 @@ const LOCAL: &[Setting] = &[
         "hand-grace",
         "TIME",
         "How long a hand that is told to stop waits for images in hand; what is not done by then goes back to the queue",
+    ),
+    setting(
+        Group::Hand,
+        "hand.profile",
+        "profile",
+        "FILE",
+        "Where a hand keeps its times of steps by shape and batch size, which say how many images it computes together. Without a file they \
+         are measured anew after each start",
+    ),
+    setting(
+        Group::Hand,
+        "hand.checkpoint_after",
+        "checkpoint-after",
+        "TIME",
+        "Images that take a hand longer than this are checkpointed, so that another hand can go on with them",
+    ),
+    setting(
+        Group::Hand,
+        "hand.checkpoint_interval",
+        "checkpoint-interval",
+        "TIME",
+        "How often a hand checkpoints them; 0s for never but at a stop",
     ),
     setting(Group::Sim, "sim.embed", "sim-embed", "TIME", "Time a simulated brain takes for a batch"),
     setting(Group::Sim, "sim.token", "sim-token", "TIME", "Time a simulated brain takes for a token, on top"),
