@@ -36,6 +36,8 @@ pub struct Order {
 /// What happened to an image.
 #[derive(Debug)]
 pub enum Update {
+    /// Its last step begins. In about this time the engine is done with it. Not said if there is nothing to go by.
+    LastStep(Duration),
     /// A step is done.
     Step(u32),
     /// The picture as it stands after this many steps.
@@ -100,7 +102,7 @@ fn run(
         }
     };
     let _ = loaded.send(Ok(hand.spec().clone()));
-    let mut batch = Batch { hand, factory, running: Vec::new() };
+    let mut batch = Batch { hand, factory, running: Vec::new(), pace: None, decoding: Duration::ZERO };
     loop {
         let order = match batch.running.is_empty() {
             true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
@@ -126,6 +128,10 @@ struct Batch {
     factory: Factory<dyn Hand>,
     /// In the order in which their turns come.
     running: Vec<Running>,
+    /// How long the last step took, and of which samples.
+    pace: Option<(BatchKey, Duration)>,
+    /// How long the last picture took to be decoded.
+    decoding: Duration,
 }
 
 impl Batch {
@@ -155,12 +161,15 @@ impl Batch {
         if group.is_empty() {
             return Ok(());
         }
+        self.announce_ends(&group);
         let started = Instant::now();
         let mut samples: Vec<&mut Sample> = group.iter_mut().map(|running| &mut running.sample).collect();
         let count = samples.len();
         let outcomes = catch_unwind(AssertUnwindSafe(|| self.hand.step(&mut samples)));
         metrics::histogram!("efferent_hand_batch_size").record(count as f64);
-        metrics::histogram!("efferent_hand_step_seconds").record(started.elapsed().as_secs_f64());
+        let step_time = started.elapsed();
+        metrics::histogram!("efferent_hand_step_seconds").record(step_time.as_secs_f64());
+        self.pace = group.first().map(|first| (first.sample.key.clone(), step_time));
         let outcomes = match outcomes {
             Ok(outcomes) if outcomes.len() == count => outcomes,
             Ok(outcomes) => {
@@ -178,6 +187,18 @@ impl Batch {
             }
         }
         Ok(())
+    }
+
+    /// Says of which samples this is the last step, so that others can be fetched to follow them at once.
+    fn announce_ends(&self, group: &[Running]) {
+        for Running { order, sample, .. } in group {
+            if let Some((key, step_time)) = &self.pace
+                && *key == sample.key
+                && sample.step + 1 >= sample.steps
+            {
+                let _ = order.updates.send(Update::LastStep(*step_time + self.decoding));
+            }
+        }
     }
 
     /// The samples that can be advanced with the first in line; they go to the end of the line afterwards.
@@ -205,7 +226,8 @@ impl Batch {
                 Ok(picture) => Update::Finished(picture, joined.elapsed()),
                 Err(error) => Update::Failed(error),
             };
-            metrics::histogram!("efferent_hand_decode_seconds").record(started.elapsed().as_secs_f64());
+            self.decoding = started.elapsed();
+            metrics::histogram!("efferent_hand_decode_seconds").record(self.decoding.as_secs_f64());
             let _ = updates.send(update);
             return;
         }

@@ -28,7 +28,10 @@ use efferent_worker::{
 use image::RgbImage;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit, mpsc},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -40,6 +43,10 @@ use crate::{
 const MAX_TOLD: usize = 64 * 1024;
 /// Bytes of pixels up to which a picture becomes a file sooner than a thread for it wakes up.
 const MAX_ENCODED_HERE: usize = 32 * 1024;
+
+/// How long before the engine is done with an image the next one is fetched: more than a pull takes, and less than anyone would notice who
+/// waits while another hand could have begun.
+const LEAD: Duration = Duration::from_millis(50);
 
 /// How a hand worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -75,6 +82,8 @@ struct Worker {
     engine: EngineLoop,
     member: Member,
     cancellations: Cancellations,
+    /// Images that the engine is done with may be recorded while it renders others: as many as it renders at once.
+    desk: Semaphore,
     /// Cancelled at the end of the grace period.
     abandoned: CancellationToken,
 }
@@ -106,7 +115,8 @@ pub async fn run(
     let member = Member::join(ledger.clone(), profile).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, hand = model.hand, "hand is ready");
-    let worker = Arc::new(Worker { ledger, engine, member, cancellations, abandoned: CancellationToken::new() });
+    let (desk, abandoned) = (Semaphore::new(capacity), CancellationToken::new());
+    let worker = Arc::new(Worker { ledger, engine, member, cancellations, desk, abandoned });
     work(capacity, options.grace, &worker, &model, &shutdown).await;
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
@@ -134,10 +144,7 @@ async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Mo
         for delivery in intake.next(permits.num_permits()).await {
             let Some(permit) = permits.split(1) else { break };
             let worker = worker.clone();
-            tasks.spawn(async move {
-                worker.render(delivery).await;
-                drop(permit);
-            });
+            tasks.spawn(async move { worker.render(delivery, Place::AtEngine(permit)).await });
         }
     }
     worker.member.drain();
@@ -149,16 +156,38 @@ async fn work(capacity: usize, grace: Duration, worker: &Arc<Worker>, model: &Mo
     }
 }
 
+/// What a task takes up.
+enum Place<'a> {
+    /// One of the places in the running batch.
+    AtEngine(#[expect(dead_code, reason = "held for what its drop does")] OwnedSemaphorePermit),
+    /// None there any more.
+    AtDesk(#[expect(dead_code, reason = "held for what its drop does")] SemaphorePermit<'a>),
+}
+
 impl Worker {
-    async fn render(&self, delivery: Delivery) {
+    /// Makes room for the next image at the engine, unless too many that it was done with are not recorded yet.
+    fn leave_engine<'a>(&'a self, place: &mut Place<'a>) {
+        if matches!(place, Place::AtEngine(_))
+            && let Ok(permit) = self.desk.try_acquire()
+        {
+            *place = Place::AtDesk(permit);
+        }
+    }
+
+    async fn render<'a>(&'a self, delivery: Delivery, place: Place<'a>) {
         let _in_flight = self.member.hold();
         let Some(task) = task::read::<HandTask>(&delivery).await else { return };
-        if let Err(error) = self.settle(delivery, &task).await {
+        if let Err(error) = self.settle(delivery, &task, place).await {
             tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
         }
     }
 
-    async fn settle(&self, delivery: Delivery, task: &HandTask) -> efferent_bus::Result<()> {
+    async fn settle<'a>(
+        &'a self,
+        delivery: Delivery,
+        task: &HandTask,
+        mut place: Place<'a>,
+    ) -> efferent_bus::Result<()> {
         let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
         let admission = task::admit(
             &self.ledger,
@@ -193,7 +222,7 @@ impl Worker {
         let mut progress = Vec::new();
         let stop = held.unwanted();
         let ending = tokio::select! {
-            ending = self.follow(&mut heard, task, &mut held, &mut progress) => ending,
+            ending = self.follow(&mut heard, task, &mut held, &mut progress, &mut place) => ending,
             () = stop => return held.stopped(task.expires_at_ms).await,
             () = self.abandoned.cancelled() => return held.hand_back().await,
         };
@@ -219,18 +248,26 @@ impl Worker {
         }
     }
 
-    /// Passes progress on until the picture is there. What happens before it is written that work has begun is left in `progress`.
-    async fn follow(
-        &self,
+    /// Passes progress on until the picture is there, and leaves the engine shortly before. What happens before it is written that work has begun is left in `progress`.
+    async fn follow<'a>(
+        &'a self,
         heard: &mut mpsc::UnboundedReceiver<Update>,
         task: &HandTask,
         held: &mut Held,
         progress: &mut Vec<Event>,
+        place: &mut Place<'a>,
     ) -> Result<(RgbImage, Duration), EngineError> {
         let (image_index, steps) = (task.image_index, task.request.as_ref().map_or(0, GenerateRequest::steps));
         let brisk = tokio::time::sleep(BRISK);
         tokio::pin!(brisk);
+        let mut leave_at = None;
         loop {
+            let leave = async {
+                match leave_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             let update = tokio::select! {
                 update = heard.recv() => update,
                 () = &mut brisk, if !held.has_begun() => {
@@ -238,8 +275,17 @@ impl Worker {
                     self.tell(task, std::mem::take(progress)).await;
                     continue;
                 }
+                () = leave => {
+                    leave_at = None;
+                    self.leave_engine(place);
+                    continue;
+                }
             };
             let event = match update {
+                Some(Update::LastStep(left)) => {
+                    leave_at = Some(Instant::now() + left.saturating_sub(LEAD));
+                    continue;
+                }
                 Some(Update::Step(step)) => Event::Step(Step { image_index, step, steps }),
                 Some(Update::Preview(step, picture)) => match files::preview(&picture) {
                     Ok(png) => Event::Preview(Preview { image_index, step, steps, png: png.to_vec().into() }),
@@ -248,7 +294,10 @@ impl Worker {
                         continue;
                     }
                 },
-                Some(Update::Finished(picture, render_time)) => return Ok((picture, render_time)),
+                Some(Update::Finished(picture, render_time)) => {
+                    self.leave_engine(place);
+                    return Ok((picture, render_time));
+                }
                 Some(Update::Failed(error)) => return Err(error),
                 Some(Update::Stopped) | None => {
                     return Err(EngineError::Crashed("the engine let go of an image".to_owned()));
