@@ -6,6 +6,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Arg, ArgAction, Args, Command, CommandFactory as _, Parser, Subcommand, ValueEnum};
 use efferent_proto::v1::{ImageFormat, Lane, Size};
 
+#[cfg(feature = "local")]
+use crate::bench::args as bench;
 use crate::{
     exit,
     settings::{
@@ -65,6 +67,12 @@ pub(crate) enum Do {
     /// Draw many prompts: submit a file of them, collect the pictures
     #[command(subcommand)]
     Batch(BatchDo),
+    /// Work out how to split GPUs between brains and hands
+    Plan(Plan),
+    /// Measure clusters of simulated workers
+    #[cfg(feature = "local")]
+    #[command(subcommand)]
+    Bench(bench::Do),
     /// Ask an admin port whether its process takes work: exit code 0 if so, 4 if not
     Ready {
         /// Address of the admin port, HOST:PORT.
@@ -274,6 +282,23 @@ pub(crate) struct Batch {
     pub(crate) json: bool,
 }
 
+/// `efferent plan`.
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    /// Time a brain takes for a prompt.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) brain_time: Duration,
+    /// Time a hand takes for an image.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) hand_time: Duration,
+    /// GPUs to split, each for one brain or one hand.
+    #[arg(long, value_name = "N")]
+    pub(crate) gpus: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// File formats by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
@@ -352,6 +377,12 @@ pub(crate) fn command() -> Command {
     ] {
         command = command.mut_subcommand("batch", |batch| {
             batch.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
+        });
+    }
+    #[cfg(feature = "local")]
+    for (name, groups) in bench::GROUPS {
+        command = command.mut_subcommand("bench", |bench| {
+            bench.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
         });
     }
     for (name, groups) in groups() {
