@@ -174,6 +174,6 @@ impl Cluster {
 
     /// Starts a simulated hand whose steps take this long.
     pub async fn sim_hand(&self, per_step: Duration) -> Service {
-        self.hand(hands::factory(hands::Cost { per_step, max_batch: 4, ..Default::default() })).await
+        self.hand(hands::factory(hands::Cost { per_step: per_step.into(), max_batch: 4, ..Default::default() })).await
     }
 }

@@ -50,6 +50,8 @@ pub struct Order {
 /// What happened to an image.
 #[derive(Debug)]
 pub enum Update {
+    /// Its last step begins. In about this time the engine is done with it. Not said if there is nothing to go by.
+    LastStep(Duration),
     /// A step is done.
     Step(u32),
     /// The picture as it stands after this many steps.
@@ -162,7 +164,7 @@ fn run(
     places.send_replace(most);
     let _ = loaded.send(Ok(spec));
     let turns = Turns::default();
-    let mut batch = Batch { hand, factory, rules, profile, most, turns, running: Vec::new(), places, suspects: 0 };
+    let mut batch = Batch { hand, factory, rules, profile, most, turns, running: Vec::new(), places, suspects: 0, pace: None, decoding: Duration::ZERO };
     loop {
         let order = match batch.running.is_empty() {
             true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
@@ -196,6 +198,10 @@ struct Batch {
     places: watch::Sender<usize>,
     /// How many samples were in a batch over which the engine panicked.
     suspects: u64,
+    /// How long the last step took, and of which samples.
+    pace: Option<(BatchKey, Duration)>,
+    /// How long the last picture took to be decoded.
+    decoding: Duration,
 }
 
 impl Batch {
@@ -244,11 +250,14 @@ impl Batch {
         if group.is_empty() {
             return Ok(());
         }
+        self.announce_ends(&group);
         let started = Instant::now();
         let mut samples: Vec<&mut Sample> = group.iter_mut().map(|running| &mut running.sample).collect();
         let count = samples.len();
         let outcomes = catch_unwind(AssertUnwindSafe(|| self.hand.step(&mut samples)));
-        let seconds = started.elapsed().as_secs_f64();
+        let step_time = started.elapsed();
+        let seconds = step_time.as_secs_f64();
+        self.pace = group.first().map(|first| (first.sample.key.clone(), step_time));
         metrics::histogram!("efferent_hand_batch_size").record(count as f64);
         metrics::histogram!("efferent_hand_step_seconds").record(seconds);
         let outcomes = match outcomes {
@@ -276,6 +285,18 @@ impl Batch {
         self.running.sort_by_key(|running| running.joined);
         self.advise();
         Ok(())
+    }
+
+    /// Says of which samples this is the last step, so that others can be fetched to follow them at once.
+    fn announce_ends(&self, group: &[Running]) {
+        for Running { order, sample, .. } in group {
+            if let Some((key, step_time)) = &self.pace
+                && *key == sample.key
+                && sample.step + 1 >= sample.steps
+            {
+                let _ = order.updates.send(Update::LastStep(*step_time + self.decoding));
+            }
+        }
     }
 
     /// Has those leave that nobody wants, or nobody wants from here.
@@ -360,7 +381,8 @@ impl Batch {
             Ok(picture) => Update::Finished(picture, joined.elapsed()),
             Err(error) => Update::Failed(error),
         };
-        metrics::histogram!("efferent_hand_decode_seconds").record(started.elapsed().as_secs_f64());
+        self.decoding = started.elapsed();
+        metrics::histogram!("efferent_hand_decode_seconds").record(self.decoding.as_secs_f64());
         let _ = order.updates.send(update);
     }
 

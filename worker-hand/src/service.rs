@@ -31,7 +31,10 @@ use futures::future::join_all;
 use image::RgbImage;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -48,6 +51,9 @@ const MAX_ENCODED_HERE: usize = 32 * 1024;
 
 /// How long a hand with work in hand waits for more before it asks again.
 const BUSY_WAIT: Duration = Duration::from_secs(1);
+/// How long before the engine is done with an image the next one is fetched: more than a pull takes, and less than anyone would notice who
+/// waits while another hand could have begun.
+const LEAD: Duration = Duration::from_millis(50);
 /// Most of the grace period that is kept for checkpoints of what is not done, and for handing it back.
 const LEAVING: Duration = Duration::from_secs(5);
 
@@ -267,7 +273,7 @@ impl Worker {
         let mut progress = Vec::new();
         let stop = held.unwanted();
         let ending = tokio::select! {
-            ending = self.follow(&mut heard, task, &mut held, checkpoints, &mut progress) => ending,
+            ending = self.follow(&mut heard, task, &mut held, checkpoints, &mut progress, &mut place) => ending,
             () = stop => {
                 checkpoints.remove().await;
                 return held.stopped(task.expires_at_ms).await;
@@ -321,7 +327,7 @@ impl Worker {
         }
     }
 
-    /// Passes progress on until the image leaves the engine. What happens before it is written that work has begun is left in `progress`.
+    /// Passes progress on until the image leaves the engine, and gives its place to another shortly before. What happens before it is written that work has begun is left in `progress`.
     async fn follow(
         &self,
         heard: &mut mpsc::UnboundedReceiver<Update>,
@@ -329,11 +335,19 @@ impl Worker {
         held: &mut Held,
         checkpoints: &mut Checkpoints,
         progress: &mut Vec<Event>,
+        place: &mut Place,
     ) -> Ending {
         let (image_index, steps) = (task.image_index, task.request.as_ref().map_or(0, GenerateRequest::steps));
         let brisk = tokio::time::sleep(BRISK);
         tokio::pin!(brisk);
+        let mut leave_at = None;
         loop {
+            let leave = async {
+                match leave_at {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             let update = tokio::select! {
                 update = heard.recv() => update,
                 () = &mut brisk, if !held.has_begun() => {
@@ -341,8 +355,17 @@ impl Worker {
                     self.tell(task, std::mem::take(progress)).await;
                     continue;
                 }
+                () = leave => {
+                    leave_at = None;
+                    place.rendered();
+                    continue;
+                }
             };
             let event = match update {
+                Some(Update::LastStep(left)) => {
+                    leave_at = Some(Instant::now() + left.saturating_sub(LEAD));
+                    continue;
+                }
                 Some(Update::Step(step)) => Event::Step(Step { image_index, step, steps }),
                 Some(Update::Preview(step, picture)) => match files::preview(&picture) {
                     Ok(png) => Event::Preview(Preview { image_index, step, steps, png: png.to_vec().into() }),

@@ -167,6 +167,7 @@ async fn story(mut heard: UnboundedReceiver<Update>) -> Vec<String> {
     loop {
         let update = tokio::time::timeout(Duration::from_secs(20), heard.recv()).await.expect("in time");
         story.push(match update.expect("an end") {
+            Update::LastStep(_) => "last step".to_owned(),
             Update::Step(step) => format!("step {step}"),
             Update::Preview(step, picture) => format!("preview {step} of {}", picture.height()),
             Update::Finished(picture, _) => format!("finished {}", picture.width()),
@@ -195,7 +196,7 @@ async fn samples_join_and_leave_between_steps() {
     let (two, _keep) = rig.submit(2, 3, 8);
     // The second step may have begun without the second sample, but not the third.
     rig.run(8);
-    assert_eq!(story(one).await, ["step 1", "step 2", "preview 2 of 2", "step 3", "finished 1"]);
+    assert_eq!(story(one).await, ["step 1", "step 2", "preview 2 of 2", "last step", "step 3", "finished 1"]);
     assert_eq!(story(two).await.last().unwrap(), "finished 2");
     let batches = rig.batches();
     assert!(batches.contains(&vec![1, 2]) || batches.contains(&vec![2, 1]), "{batches:?}");
@@ -270,8 +271,8 @@ async fn a_panic_fails_the_one_at_fault_and_its_mates_finish() {
     assert_eq!(story(elsewhere).await.last().unwrap(), "finished 4");
     assert!(*rig.script.built.lock().unwrap() >= 2, "the engine was built anew");
     // It goes on working.
-    let (later, _keep) = rig.submit(5, 1, 8);
-    assert_eq!(story(later).await, ["step 1", "finished 5"]);
+    let (later, _keep) = rig.submit(5, 2, 8);
+    assert_eq!(story(later).await, ["step 1", "last step", "step 2", "finished 5"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,6 +9,8 @@ use efferent_proto::{
     v1::{ImageFormat, Lane, Size},
 };
 
+#[cfg(feature = "local")]
+use crate::bench::args as bench;
 use crate::{
     exit,
     settings::{
@@ -77,6 +79,12 @@ pub(crate) enum Do {
     /// Jobs that were given up: list them, see why, try them again
     #[command(subcommand)]
     Dead(DeadDo),
+    /// Work out how to split GPUs between brains and hands
+    Plan(Plan),
+    /// Measure clusters of simulated workers
+    #[cfg(feature = "local")]
+    #[command(subcommand)]
+    Bench(bench::Do),
     /// Ask an admin port whether its process takes work: exit code 0 if so, 4 if not
     Ready {
         /// Address of the admin port, HOST:PORT.
@@ -320,6 +328,23 @@ pub(crate) struct DeadList {
     pub(crate) json: bool,
 }
 
+/// `efferent plan`.
+#[derive(Debug, Args)]
+pub(crate) struct Plan {
+    /// Time a brain takes for a prompt.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) brain_time: Duration,
+    /// Time a hand takes for an image.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) hand_time: Duration,
+    /// GPUs to split, each for one brain or one hand.
+    #[arg(long, value_name = "N")]
+    pub(crate) gpus: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// File formats by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
@@ -397,6 +422,12 @@ pub(crate) fn command() -> Command {
     ] {
         command = command.mut_subcommand(family, |family| {
             family.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
+        });
+    }
+    #[cfg(feature = "local")]
+    for (name, groups) in bench::GROUPS {
+        command = command.mut_subcommand("bench", |bench| {
+            bench.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
         });
     }
     for (name, groups) in groups() {

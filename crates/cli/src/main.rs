@@ -1,7 +1,7 @@
 //! The `efferent` command.
 //!
 //! Read in this order: [`args`] (what can be typed), [`settings`] (defaults, file, environment, flags), [`client`] (asking a server),
-//! [`local`] (serving, and `generate` without a server), [`exit`] (exit codes and the one line that says why), [`output`].
+//! [`local`] (serving, and `generate` without a server), [`bench`] (load on clusters of simulated workers), [`plan`], [`exit`] (exit codes and the one line that says why), [`output`].
 //!
 //! | exit code | meaning |
 //! |---|---|
@@ -21,11 +21,14 @@
 //! wire. Deliberately absent: anything that a server decides. A request is checked there, not here.
 
 mod args;
+#[cfg(feature = "local")]
+mod bench;
 mod client;
 mod exit;
 #[cfg(feature = "local")]
 mod local;
 mod output;
+mod plan;
 mod settings;
 
 use std::{path::Path, process::ExitCode, time::Duration};
@@ -69,6 +72,7 @@ fn run(command: &Do, matches: &ArgMatches) -> Result<(), Failure> {
             output::bytes(&script)
         }
         Do::Ready { address } => client::ready::ask(address),
+        Do::Plan(args) => plan::run(args),
         command => {
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
             let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, error))?;
@@ -83,6 +87,9 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
     #[cfg(feature = "local")]
     {
         use local::serve::{self, Role};
+        if let Do::Bench(bench::args::Do::Part(args)) = command {
+            return bench::part(settings, args).await;
+        }
         let role = match command {
             Do::Up => Some(Role::Up),
             Do::Coordinator => Some(Role::Coordinator),
@@ -108,6 +115,8 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
             None if named.is_empty() => local::models::list(settings, args.json),
             _ => cluster::list_models(server()?, args.json).await,
         },
+        #[cfg(feature = "local")]
+        Do::Bench(bench::args::Do::Cluster(args)) => bench::cluster(settings, args).await,
         Do::Workers(args) => cluster::list_workers(server()?, args.json).await,
         Do::Status(args) => cluster::show_status(server()?, args.json).await,
         Do::Top { once } => top::run(server()?, *once).await,
@@ -156,6 +165,9 @@ fn wants_json(command: &Do) -> bool {
     match command {
         Do::Generate(args) => args.json && args.output.as_deref() != Some(Path::new("-")),
         Do::Models(args) => args.json,
+        Do::Plan(args) => args.json,
+        #[cfg(feature = "local")]
+        Do::Bench(bench::args::Do::Cluster(args)) => args.json,
         Do::Workers(args) | Do::Status(args) => args.json,
         Do::Watch(args) => args.json,
         Do::Job(args) | Do::Cancel(args) => args.json,

@@ -1,6 +1,6 @@
 //! A brain that only pretends: it costs what it is told to, and its signal is a hash of the prompt.
 
-use std::{thread::sleep, time::Duration};
+use std::time::Duration;
 
 use candle_core::{Device, Tensor};
 use efferent_proto::{
@@ -10,7 +10,8 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
-    signal, sim,
+    signal,
+    sim::{self, Clock, chance, jittered},
     thread::Factory,
 };
 
@@ -21,6 +22,8 @@ pub struct Cost {
     pub per_batch: Duration,
     /// For each token on top, padding included.
     pub per_token: Duration,
+    /// Fraction by which that is longer or shorter, as the first prompt has it.
+    pub jitter: f64,
 }
 
 /// Tokens of a batch.
@@ -30,13 +33,14 @@ const MAX_BATCH: usize = 4096;
 struct Sim {
     cost: Cost,
     spec: EngineSpec,
+    clock: Clock,
 }
 
 /// Builds a simulated brain.
 pub fn factory(cost: Cost) -> Factory<dyn Brain> {
     Box::new(move || {
         let spec = EngineSpec { model: sim::model(), max_batch: MAX_BATCH, simulated: true };
-        Ok(Box::new(Sim { cost, spec }))
+        Ok(Box::new(Sim { cost, spec, clock: Clock::default() }))
     })
 }
 
@@ -63,7 +67,10 @@ impl Brain for Sim {
 
     fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
         let longest = batch.iter().filter_map(|request| self.tokens(request).ok()).max().unwrap_or(0);
-        sleep(self.cost.per_batch + self.cost.per_token * (longest * batch.len()) as u32);
+        let time = self.cost.per_batch + self.cost.per_token * (longest * batch.len()) as u32;
+        let first = batch.first().map(|request| blake3::hash(request.prompt.as_bytes()));
+        let seed = first.map_or(0, |hash| u64::from_le_bytes(std::array::from_fn(|index| hash.as_bytes()[index])));
+        self.clock.work(jittered(time, self.cost.jitter, chance(&[seed])));
         batch.iter().map(|request| self.tokens(request).and_then(|_| embed(request))).collect()
     }
 }

@@ -1,23 +1,38 @@
-//! A hand that only pretends: it costs what it is told to, and paints a pattern made of signal and seed.
+//! A hand that only pretends: it costs and fails as it is told to, and paints a pattern made of signal and seed.
 
-use std::{thread::sleep, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use efferent_proto::internal::{Branch, StreamRole};
 use efferent_worker::{
     engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
-    signal, sim,
+    signal,
+    sim::{self, Clock, Curve, chance, jittered},
     thread::Factory,
 };
 use image::{Rgb, RgbImage};
 
-/// What work costs.
-#[derive(Debug, Clone, Copy, Default)]
+/// What work costs, and how often it fails.
+#[derive(Debug, Clone, Default)]
 pub struct Cost {
-    /// For a step of a batch of any size.
-    pub per_step: Duration,
+    /// For a step, by the size of the batch.
+    pub per_step: Curve,
+    /// The power of a picture's pixels, relative to the smallest size, that a step's time grows with: 0 for not at all.
+    pub pixel_power: f64,
     /// For decoding an image.
     pub per_image: Duration,
+    /// Fraction by which each of these is longer or shorter, as the request's seed has it.
+    pub jitter: f64,
+    /// Share of attempts at an image that fail half-way, and may succeed when tried again.
+    pub failures: f64,
+    /// Share of attempts at an image over which the engine panics half-way.
+    pub crashes: f64,
     /// Most samples of a batch; 0 counts as 1.
     pub max_batch: usize,
 }
@@ -26,22 +41,56 @@ pub struct Cost {
 struct Sim {
     cost: Cost,
     spec: EngineSpec,
+    clock: Clock,
+    /// Images begun, over all engines of a worker: another attempt at an image has another fate.
+    begun: Arc<AtomicU64>,
 }
 
 #[derive(Debug, Clone)]
 struct State {
     width: u32,
     height: u32,
+    seed: u64,
     /// Stands for signal and seed.
     hash: [u8; 32],
+    fate: Fate,
+}
+
+/// How an attempt at an image ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Picture,
+    Failure,
+    Crash,
 }
 
 /// Builds a simulated hand.
 pub fn factory(cost: Cost) -> Factory<dyn Hand> {
+    let begun = Arc::new(AtomicU64::new(0));
     Box::new(move || {
         let spec = EngineSpec { model: sim::model(), max_batch: cost.max_batch.max(1), simulated: true };
-        Ok(Box::new(Sim { cost, spec }))
+        Ok(Box::new(Sim { cost: cost.clone(), spec, clock: Clock::default(), begun: begun.clone() }))
     })
+}
+
+impl Sim {
+    fn fate(&self, seed: u64) -> Fate {
+        let drawn = chance(&[seed, self.begun.fetch_add(1, Ordering::Relaxed)]);
+        match () {
+            () if drawn < self.cost.crashes => Fate::Crash,
+            () if drawn < self.cost.crashes + self.cost.failures => Fate::Failure,
+            () => Fate::Picture,
+        }
+    }
+
+    /// What a step of a batch takes, beginning with this sample.
+    fn step_time(&self, state: &State, step: u32, batch: usize) -> Duration {
+        let pixels = |width: u32, height: u32| f64::from(width) * f64::from(height);
+        let smallest = self.spec.model.sizes.iter().map(|size| pixels(size.width, size.height)).reduce(f64::min);
+        let growth = (pixels(state.width, state.height) / smallest.unwrap_or(1.0)).powf(self.cost.pixel_power);
+        let time = self.cost.per_step.at(batch).mul_f64(growth.clamp(0.0, 1e6));
+        jittered(time, self.cost.jitter, chance(&[state.seed, u64::from(step)]))
+    }
 }
 
 fn state(sample: &Sample) -> Result<&State, EngineError> {
@@ -67,13 +116,28 @@ impl Hand for Sim {
         hasher.update(&values.unwrap_or_default());
         hasher.update(&request.seed.to_le_bytes());
         let (width, height) = (request.size.width, request.size.height);
-        let state = State { width, height, hash: *hasher.finalize().as_bytes() };
+        let (seed, fate) = (request.seed, self.fate(request.seed));
+        let state = State { width, height, seed, hash: *hasher.finalize().as_bytes(), fate };
         Ok(Sample { key: BatchKey(format!("{width}x{height}")), step: 0, steps: request.steps, state: Box::new(state) })
     }
 
     fn step(&mut self, batch: &mut [&mut Sample]) -> Vec<Result<(), EngineError>> {
-        sleep(self.cost.per_step);
-        batch.iter_mut().map(|sample| sample.step += 1).map(Ok).collect()
+        let time = match batch.first().map(|first| (state(first), first.step)) {
+            Some((Ok(first), step)) => self.step_time(first, step, batch.len()),
+            _ => Duration::ZERO,
+        };
+        self.clock.work(time);
+        let advance = |sample: &mut &mut Sample| {
+            sample.step += 1;
+            let fate = state(sample)?.fate;
+            let half_way = sample.step == sample.steps.div_ceil(2);
+            assert!(!(half_way && fate == Fate::Crash), "a simulated crash");
+            match half_way && fate == Fate::Failure {
+                true => Err(EngineError::Compute { what: "a simulated failure".to_owned(), source: None }),
+                false => Ok(()),
+            }
+        };
+        batch.iter_mut().map(advance).collect()
     }
 
     fn preview(&mut self, sample: &Sample) -> Result<RgbImage, EngineError> {
@@ -81,8 +145,9 @@ impl Hand for Sim {
     }
 
     fn finish(&mut self, sample: Sample) -> Result<RgbImage, EngineError> {
-        sleep(self.cost.per_image);
-        Ok(paint(state(&sample)?, sample.step))
+        let state = state(&sample)?;
+        self.clock.work(jittered(self.cost.per_image, self.cost.jitter, chance(&[state.seed, u64::MAX])));
+        Ok(paint(state, sample.step))
     }
 
     fn checkpoint(&self, sample: &Sample) -> Result<Bytes, EngineError> {
@@ -108,19 +173,53 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn the_contract_holds() {
+    fn request(seed: u64) -> RenderRequest {
         let header = ControlHeader { schema_version: 1, space: Some(sim::space()), ..Default::default() };
-        let signal = Arc::new(ControlSignal { header: Some(header), ..Default::default() });
-        let request = |seed: u64| RenderRequest {
-            signal: signal.clone(),
+        RenderRequest {
+            signal: Arc::new(ControlSignal { header: Some(header), ..Default::default() }),
             size: Size { width: 32, height: 32 },
-            steps: 2 + seed as u32,
+            steps: 2 + (seed % 4) as u32,
             guidance_scale: 1.0,
             seed,
             sampler: "euler".to_owned(),
-        };
+        }
+    }
+
+    #[test]
+    fn the_contract_holds() {
         let mut hand = factory(Cost { max_batch: 4, ..Cost::default() })().unwrap();
         efferent_worker::testing::check_hand(hand.as_mut(), &[request(0), request(1), request(2)]);
+    }
+
+    #[test]
+    fn time_grows_with_batch_and_pixels() {
+        let per_step: Curve = "1:100ms,4:144ms".parse().unwrap();
+        let begun = Arc::default();
+        let spec = EngineSpec { model: sim::model(), max_batch: 4, simulated: true };
+        let cost = Cost { per_step, pixel_power: 1.0, ..Cost::default() };
+        let hand = Sim { cost, spec, clock: Clock::default(), begun };
+        let state = |side| State { width: side, height: side, seed: 1, hash: [0; 32], fate: Fate::Picture };
+        assert_eq!(hand.step_time(&state(32), 0, 4), Duration::from_millis(144));
+        assert_eq!(hand.step_time(&state(64), 0, 1), Duration::from_millis(400));
+    }
+
+    #[test]
+    fn attempts_fail_as_often_as_they_are_told_to_and_another_one_may_not() {
+        let mut hand = factory(Cost { failures: 0.25, ..Cost::default() })().unwrap();
+        let mut failed = |seed: u64| {
+            let mut sample = hand.begin(&request(seed)).unwrap();
+            (sample.step..sample.steps).any(|_| hand.step(&mut [&mut sample])[0].is_err())
+        };
+        let failures = (0..400).filter(|_| failed(7)).count();
+        assert!((60..140).contains(&failures), "{failures} of 400");
+    }
+
+    #[test]
+    #[should_panic(expected = "a simulated crash")]
+    fn a_crash_is_a_panic() {
+        let mut hand = factory(Cost { crashes: 1.0, ..Cost::default() })().unwrap();
+        let mut sample = hand.begin(&request(1)).unwrap();
+        hand.step(&mut [&mut sample]);
+        hand.step(&mut [&mut sample]);
     }
 }

@@ -55,6 +55,8 @@ const PING: Duration = Duration::from_secs(5);
 /// Chunks on their way at once.
 const WINDOW: usize = 8;
 const CONSUMER: &str = "workers";
+/// Most workers that wait for tasks of one queue at once.
+const MAX_WAITING: i64 = 16_384;
 const CHUNKS: &str = "Efferent-Chunks";
 
 /// How to reach NATS.
@@ -238,6 +240,8 @@ impl Bus for Nats {
             max_deliver: -1,
             // It counts over all workers: the default of 1000 would stall a large fleet.
             max_ack_pending: i64::try_from(spec.capacity.max(1000)).unwrap_or(i64::MAX),
+            // So does this one, whose default is 512.
+            max_waiting: MAX_WAITING,
             num_replicas: self.options.replicas,
             ..Default::default()
         };
@@ -252,6 +256,7 @@ impl Bus for Nats {
             ("max_ack_pending", got.max_ack_pending != wanted.max_ack_pending),
             // 0 stands for as many as the stream has.
             ("replicas", got.num_replicas != 0 && got.num_replicas != wanted.num_replicas.max(1)),
+            ("max_waiting", got.max_waiting != wanted.max_waiting),
         ];
         refuse_differences("consumer of queue", &spec.name, &differs)?;
         let queue = Queue { stream, consumer, spec: spec.clone() };

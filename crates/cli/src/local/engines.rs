@@ -45,8 +45,17 @@ impl Engines {
         let devices = vec![name];
         if settings.client.model == locate::SIM {
             let sim = &local.sim;
-            let brain = brains::sim::Cost { per_batch: sim.embed, per_token: sim.token };
-            let hand = hands::sim::Cost { per_step: sim.step, per_image: sim.image, max_batch: sim.max_batch };
+            let jitter = sim.jitter.0;
+            let brain = brains::sim::Cost { per_batch: sim.embed, per_token: sim.token, jitter };
+            let hand = hands::sim::Cost {
+                per_step: sim.step.clone(),
+                pixel_power: sim.pixel_power,
+                per_image: sim.image,
+                jitter,
+                failures: sim.failures.0,
+                crashes: sim.crashes.0,
+                max_batch: sim.max_batch,
+            };
             return Ok(Self { source: Source::Sim { brain, hand }, device, devices });
         }
         let pipeline = open(&settings.client.model, &local.models)?;
@@ -98,7 +107,7 @@ impl Engines {
     pub(crate) fn hand(&self) -> Factory<dyn Hand> {
         match &self.source {
             Source::Model(pipeline) => hands::factory(pipeline, self.device.clone()),
-            Source::Sim { hand, .. } => hands::sim::factory(*hand),
+            Source::Sim { hand, .. } => hands::sim::factory(hand.clone()),
         }
     }
 }

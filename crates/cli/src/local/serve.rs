@@ -189,8 +189,31 @@ pub(crate) fn bus_exit(error: &efferent_bus::Error) -> Exit {
 /// Serves until Ctrl-C or SIGTERM.
 ///
 /// # Errors
-/// If the configuration is wrong (before anything is started), weights cannot be had, or a service fails.
+/// As [`run_until`], or if signals cannot be listened for.
 pub(crate) async fn run(settings: &Settings, role: Role, telemetry: &Telemetry) -> Result<(), Failure> {
+    run_until(signals()?, settings, role, 1, telemetry).await
+}
+
+/// A stop signal that Ctrl-C and SIGTERM give.
+///
+/// # Errors
+/// If they cannot be listened for.
+pub(crate) fn signals() -> Result<Shutdown, Failure> {
+    Shutdown::on_signals()
+        .map_err(|error| Failure::new(Exit::Failed, anyhow::Error::new(error).context("cannot listen for signals")))
+}
+
+/// Serves until `shutdown`, with so many brains or hands.
+///
+/// # Errors
+/// If the configuration is wrong (before anything is started), weights cannot be had, or a service fails.
+pub(crate) async fn run_until(
+    shutdown: Shutdown,
+    settings: &Settings,
+    role: Role,
+    copies: usize,
+    telemetry: &Telemetry,
+) -> Result<(), Failure> {
     let local = &settings.local;
     if role != Role::Up && local.nats.url.is_empty() {
         let message = format!("{} needs the queue's server: --nats nats://HOST:4222 (or EFFERENT_NATS)", role.name());
@@ -200,8 +223,6 @@ pub(crate) async fn run(settings: &Settings, role: Role, telemetry: &Telemetry) 
         Role::Coordinator => None,
         Role::Up | Role::Brain | Role::Hand => Some(Arc::new(Engines::open(settings)?)),
     };
-    let shutdown = Shutdown::on_signals()
-        .map_err(|error| Failure::new(Exit::Failed, anyhow::Error::new(error).context("cannot listen for signals")))?;
     if let Some(engines) = engines.as_ref().filter(|_| role.has(Role::Brain)) {
         tokio::select! {
             provided = provide_weights(engines, settings) => provided?,
@@ -229,11 +250,13 @@ pub(crate) async fn run(settings: &Settings, role: Role, telemetry: &Telemetry) 
     if let Some(engines) = &engines {
         let simulated = if engines.is_simulated() { ", simulated: its pictures show nothing" } else { "" };
         ready.push(format!("ready  model  {}{simulated} ({})", engines.name(), role.name()));
-        if role.has(Role::Brain) {
-            services.brain(local, engines);
-        }
-        if role.has(Role::Hand) {
-            services.hand(local, engines);
+        for _ in 0..copies {
+            if role.has(Role::Brain) {
+                services.brain(local, engines);
+            }
+            if role.has(Role::Hand) {
+                services.hand(local, engines);
+            }
         }
     }
     let place =

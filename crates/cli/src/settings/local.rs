@@ -8,6 +8,7 @@ use std::{
 
 use efferent_bus::{ledger, nats};
 use efferent_service::telemetry;
+use efferent_worker::sim::Curve;
 use serde::{Deserialize, Serialize};
 
 /// See the table in [`super::table`] for what each does.
@@ -126,7 +127,7 @@ impl Ledger {
     }
 }
 
-/// What simulated engines cost.
+/// What simulated engines cost, and how often they fail.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Sim {
@@ -134,15 +135,47 @@ pub(crate) struct Sim {
     pub(crate) embed: Duration,
     #[serde(with = "humantime_serde")]
     pub(crate) token: Duration,
-    #[serde(with = "humantime_serde")]
-    pub(crate) step: Duration,
+    pub(crate) step: Curve,
+    pub(crate) pixel_power: f64,
     #[serde(with = "humantime_serde")]
     pub(crate) image: Duration,
+    pub(crate) jitter: Share,
+    pub(crate) failures: Share,
+    pub(crate) crashes: Share,
     pub(crate) max_batch: usize,
 }
 
 impl Default for Sim {
     fn default() -> Self {
-        Self { embed: Duration::ZERO, token: Duration::ZERO, step: Duration::ZERO, image: Duration::ZERO, max_batch: 8 }
+        Self {
+            embed: Duration::ZERO,
+            token: Duration::ZERO,
+            step: Curve::default(),
+            pixel_power: 0.0,
+            image: Duration::ZERO,
+            jitter: Share::default(),
+            failures: Share::default(),
+            crashes: Share::default(),
+            max_batch: 8,
+        }
+    }
+}
+
+/// From 0 for none to 1 for all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub(crate) struct Share(pub(crate) f64);
+
+impl TryFrom<f64> for Share {
+    type Error = String;
+
+    fn try_from(share: f64) -> Result<Self, String> {
+        if (0.0..=1.0).contains(&share) { Ok(Self(share)) } else { Err(format!("{share} is not between 0 and 1")) }
+    }
+}
+
+impl From<Share> for f64 {
+    fn from(share: Share) -> Self {
+        share.0
     }
 }

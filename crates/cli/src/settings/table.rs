@@ -346,7 +346,42 @@ const LOCAL: &[Setting] = &[
     ),
     setting(Group::Sim, "sim.embed", "sim-embed", "TIME", "Time a simulated brain takes for a batch"),
     setting(Group::Sim, "sim.token", "sim-token", "TIME", "Time a simulated brain takes for a token, on top"),
-    setting(Group::Sim, "sim.step", "sim-step", "TIME", "Time a simulated hand takes for a step of a batch"),
+    setting(
+        Group::Sim,
+        "sim.step",
+        "sim-step",
+        "TIME",
+        "Time a simulated hand takes for a step of a batch; by the batch's size, with straight lines between: 1:100ms,4:144ms",
+    ),
+    setting(
+        Group::Sim,
+        "sim.pixel_power",
+        "sim-pixels",
+        "POWER",
+        "Power of a picture's pixels, relative to the smallest size, that a simulated step's time grows with: 0 for not at all, 1 for \
+         in proportion",
+    ),
     setting(Group::Sim, "sim.image", "sim-image", "TIME", "Time a simulated hand takes for decoding an image"),
+    setting(
+        Group::Sim,
+        "sim.jitter",
+        "sim-jitter",
+        "SHARE",
+        "Share, 0 to 1, by which simulated work takes longer or shorter, as prompt and seed have it; the mean stays",
+    ),
+    setting(
+        Group::Sim,
+        "sim.failures",
+        "sim-failures",
+        "SHARE",
+        "Share, 0 to 1, of attempts at an image that a simulated hand fails half-way; they are tried again",
+    ),
+    setting(
+        Group::Sim,
+        "sim.crashes",
+        "sim-crashes",
+        "SHARE",
+        "Share, 0 to 1, of attempts at an image over which a simulated hand's engine panics half-way; they are tried again",
+    ),
     setting(Group::Sim, "sim.max_batch", "sim-batch", "N", "Most images a simulated hand steps at once"),
 ];
