@@ -255,7 +255,7 @@ pub async fn check(front: &Front, ledger: &Ledger, load: &Load, harvest: &Harves
     let kept: HashSet<_> = records.iter().map(|record| job_id(record).to_owned()).collect();
     let mut wanted: HashSet<_> = harvest.jobs.values().map(|job| job.job_id.clone()).collect();
     assert_eq!(wanted.len(), harvest.jobs.len(), "each key has a job of its own");
-    wanted.extend((0..load.items as u64).map(|index| item_job_id(&batch.batch_id, index)));
+    wanted.extend((0..load.items as u64).map(|index| item_job_id(&batch.batch_id, index, 0)));
     assert_eq!(kept, wanted);
     let mut failed = 0;
     let mut pictures: BTreeMap<u64, String> = BTreeMap::new();

@@ -164,7 +164,19 @@ fn run(
     places.send_replace(most);
     let _ = loaded.send(Ok(spec));
     let turns = Turns::default();
-    let mut batch = Batch { hand, factory, rules, profile, most, turns, running: Vec::new(), places, suspects: 0, pace: None, decoding: Duration::ZERO };
+    let mut batch = Batch {
+        hand,
+        factory,
+        rules,
+        profile,
+        most,
+        turns,
+        running: Vec::new(),
+        places,
+        suspects: 0,
+        pace: None,
+        decoding: Duration::ZERO,
+    };
     loop {
         let order = match batch.running.is_empty() {
             true => inbox.recv().map_err(|_| TryRecvError::Disconnected),

@@ -185,7 +185,8 @@ mod tests {
     #[tokio::test]
     async fn one_that_is_to_be_alone_is() {
         let places = Places::new(watch::channel(2).1);
-        let (first, second, third) = (places.take(Lane::Batch), places.take(Lane::Batch), places.take(Lane::Interactive));
+        let (first, second, third) =
+            (places.take(Lane::Batch), places.take(Lane::Batch), places.take(Lane::Interactive));
         let mut waiting = Box::pin(first.alone());
         assert!((&mut waiting).now_or_never().is_none());
         assert_eq!(places.room(Lane::Interactive).now_or_never(), None, "nothing more is taken");
