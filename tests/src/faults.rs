@@ -226,7 +226,14 @@ impl Battered {
         let start = move || {
             let place = &places[&target];
             let args: Vec<&str> = place.args.iter().map(String::as_str).collect();
-            cluster.role(place.role, &args).0
+            // As whoever looks after processes does.
+            for _ in 0..20 {
+                match cluster.try_role(place.role, &args) {
+                    Ok((process, _)) => return process,
+                    Err(why) => eprintln!("{why}; again"),
+                }
+            }
+            panic!("{} does not start\n{}", place.role, cluster.log())
         };
         tokio::task::spawn_blocking(start).await.expect("it starts")
     }

@@ -6,6 +6,7 @@
 //! that do not give up, and what must hold when all is over.
 
 #![expect(clippy::expect_used, clippy::missing_panics_doc, reason = "a harness fails by panicking")]
+#![expect(clippy::print_stderr, reason = "tests say what they do to the cluster")]
 
 pub mod batches;
 pub mod calls;

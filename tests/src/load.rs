@@ -187,7 +187,7 @@ fn single(number: u64, steps: u32) -> GenerateRequest {
         seed: Some(number / 2),
         steps: Some(steps),
         idempotency_key: format!("single-{number}"),
-        image_count: Some(1 + (number / 2 % 5 == 0) as u32),
+        image_count: Some(1 + u32::from((number / 2).is_multiple_of(5))),
         ..request("a cat")
     }
 }

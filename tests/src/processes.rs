@@ -179,12 +179,21 @@ impl Cluster {
 
     /// Starts `efferent ROLE ARGS` on the cluster's queue and waits until it is ready. Returns its standard output so far too.
     pub fn role(&self, role: &str, args: &[&str]) -> (Process, Vec<String>) {
+        self.try_role(role, args).unwrap_or_else(|why| panic!("{why}\n{}", self.log()))
+    }
+
+    /// Likewise.
+    ///
+    /// # Errors
+    /// If it ends before it is ready: the server went away just then, and whoever looks after processes starts it again.
+    pub fn try_role(&self, role: &str, args: &[&str]) -> Result<(Process, Vec<String>), String> {
         self.run(&[], role, &[&["--nats", &self.nats_url()], args].concat())
     }
 
     /// Starts it in a network namespace.
     pub fn role_in(&self, namespace: &str, role: &str) -> Process {
-        self.run(&["ip", "netns", "exec", namespace], role, &["--nats", &self.nats_url()]).0
+        let started = self.run(&["ip", "netns", "exec", namespace], role, &["--nats", &self.nats_url()]);
+        started.unwrap_or_else(|why| panic!("{why}\n{}", self.log())).0
     }
 
     /// Starts `efferent up` on a queue of its own in a folder. Returns its URL too.
@@ -195,16 +204,19 @@ impl Cluster {
     /// Starts `efferent up` on a queue of its own in this folder. Returns its URL too.
     pub fn up_in(&self, home: &Path) -> (Process, String) {
         let home = home.to_str().expect("UTF-8");
-        let (process, lines) = self.run(&[], "up", &["--listen", "127.0.0.1:0", "--home", home]);
+        let started = self.run(&[], "up", &["--listen", "127.0.0.1:0", "--home", home]);
+        let (process, lines) = started.unwrap_or_else(|why| panic!("{why}\n{}", self.log()));
         (process, url(&lines))
     }
 
-    fn run(&self, through: &[&str], role: &str, args: &[&str]) -> (Process, Vec<String>) {
+    fn run(&self, through: &[&str], role: &str, args: &[&str]) -> Result<(Process, Vec<String>), String> {
         let program = efferent();
         let program = program.to_str().expect("UTF-8");
         let words = [through, &[program, role, "--admin", "127.0.0.1:0"], args].concat();
         let mut command = Command::new(words[0]);
         command.args(&words[1..]);
+        // They are the tests' affair.
+        command.env_remove("EFFERENT_FAULTS").env_remove("EFFERENT_FAULT_SEED");
         command.envs(self.settings.iter().map(|(name, value)| (name, value)));
         let log = std::fs::File::options().append(true).create(true).open(self.folder.path().join("log"));
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log.expect("a log")).spawn();
@@ -223,11 +235,11 @@ impl Cluster {
         let mut seen = Vec::new();
         while !seen.last().is_some_and(|line: &String| line.contains("admin")) {
             let line = lines.recv_timeout(PATIENCE);
-            seen.push(line.unwrap_or_else(|_| panic!("{role} is not ready: {seen:?}\n{}", self.log())));
+            seen.push(line.map_err(|_| format!("{role} is not ready: {seen:?}"))?);
         }
         let admin = seen.last().and_then(|line| line.split("http://").nth(1)).and_then(|rest| rest.split('/').next());
         process.admin = admin.map(str::to_owned);
-        (process, seen)
+        Ok((process, seen))
     }
 
     /// Starts a coordinator. Returns its URL too.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use efferent_brain::families::sim as brains;
 use efferent_bus::{
     Bucket,
     ledger::{
@@ -17,7 +18,7 @@ use efferent_bus::{
 use efferent_hand::families::sim;
 use efferent_proto::{
     ApiError,
-    internal::HandTask,
+    internal::{ControlSignal, HandTask},
     v1::{
         DeadLetter, DropDeadRequest, ErrorCode, FailureClass, GenerateRequest, JobState, ListDeadRequest,
         ReplayDeadRequest, ShowDeadRequest, WorkerRole, dead_service_client::DeadServiceClient,
@@ -28,7 +29,7 @@ use efferent_tests::{
     local::Cluster,
 };
 use efferent_worker::{
-    engine::{EngineError, EngineSpec, Hand, RenderRequest, Sample},
+    engine::{Brain, EmbedRequest, EngineError, EngineSpec, Hand, RenderRequest, Sample},
     lifecycle::{Member, Profile},
     task::{self, Admission, Cancellations},
     thread::Factory,
@@ -176,6 +177,54 @@ async fn each_class_of_failure_has_its_limit_and_its_letter() {
     let events = generate(&mut client, request(&"word ".repeat(800))).await;
     assert_eq!(job(&mut client, &events[0].job_id).await.error.expect("why").code(), ErrorCode::LimitExceeded);
     assert_eq!(letters(&mut dead).await.len(), 3);
+}
+
+/// A simulated brain that panics over a poisonous prompt.
+struct FragileBrain(Box<dyn Brain>);
+
+impl Brain for FragileBrain {
+    fn spec(&self) -> &EngineSpec {
+        self.0.spec()
+    }
+
+    fn fingerprint(&self) -> String {
+        self.0.fingerprint()
+    }
+
+    fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError> {
+        self.0.tokens(request)
+    }
+
+    fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
+        assert!(batch.iter().all(|request| request.prompt != "poison"), "poison");
+        self.0.embed(batch)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_that_crashes_its_brain_has_a_letter_too() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let mut inner = brains::factory(brains::Cost { per_batch: Duration::from_millis(20), ..Default::default() });
+    let brain = Box::new(move || Ok(Box::new(FragileBrain(inner()?)) as Box<dyn Brain>));
+    let _workers = (cluster.brain(brain).await, cluster.sim_hand(Duration::ZERO).await);
+    let mut client = coordinator.client().await;
+    let mut running = Vec::new();
+    for prompt in ["a cat", "poison", "a dog", "a bird"] {
+        running.push((prompt, client.generate(request(prompt)).await.expect("accepted").into_inner()));
+    }
+    let mut dead = Client::new(coordinator.channel().await);
+    for (prompt, events) in running {
+        let events = all(events).await;
+        let poisonous = prompt == "poison";
+        assert_eq!(kind(events.last().expect("an end")), if poisonous { "failed" } else { "done" });
+        if poisonous {
+            let letter = letter(&mut dead, &events[0].job_id).await;
+            assert_eq!((letter.class(), letter.attempts.len() as u32), (FailureClass::EngineCrash, MAX_CRASHES));
+            assert!(letter.attempts.iter().all(|attempt| attempt.queue == "brain.sim.interactive"));
+            assert!(letter.attempts.iter().all(|attempt| attempt.error.contains("poison")), "{letter:?}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

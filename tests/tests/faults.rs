@@ -3,6 +3,8 @@
 //! In its short form this runs with the other tests. `make faults` runs the long one (EFFERENT_FAULTS=long). What happens follows from a number
 //! that is printed: EFFERENT_FAULT_SEED=NUMBER has it again.
 
+#![expect(clippy::print_stderr, reason = "what was done, and what could not be, is to be read")]
+
 use std::{
     collections::HashSet,
     path::Path,

@@ -21,16 +21,21 @@ struct Server {
     folder: PathBuf,
 }
 
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port()
+}
+
 impl Server {
     fn start(folder: &Path, port: Option<u16>) -> Self {
-        let free =
-            || std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a free port").port();
-        let port = port.unwrap_or_else(free);
+        Self::start_with(folder, port.unwrap_or_else(free_port), "")
+    }
+
+    fn start_with(folder: &Path, port: u16, more: &str) -> Self {
         let tool = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/tools/nats-server");
         let program = if tool.exists() { tool } else { PathBuf::from("nats-server") };
         // Every acknowledged write is on disk: what a single server should be run with.
         let configuration = format!(
-            "listen: 127.0.0.1:{port}\njetstream {{ store_dir: {:?}, sync_interval: always }}\n",
+            "listen: 127.0.0.1:{port}\njetstream {{ store_dir: {:?}, sync_interval: always }}\n{more}",
             folder.join("store")
         );
         let file = folder.join("nats.conf");
@@ -70,6 +75,39 @@ async fn contract() {
     let server = Server::start(folder.path(), None);
     let bus: SharedBus = server.connect("contract").await;
     contract::all(&bus).await;
+}
+
+/// Three servers that keep three copies of everything.
+fn three(folder: &Path) -> (Vec<Server>, Options) {
+    let own: Vec<_> = (0..3).map(|_| free_port()).collect();
+    let routes = own.iter().map(|port| format!("nats://127.0.0.1:{port}")).collect::<Vec<_>>().join(", ");
+    let start = |(index, own): (usize, &u16)| {
+        let folder = folder.join(index.to_string());
+        std::fs::create_dir(&folder).expect("a folder");
+        let cluster = format!("cluster {{ name: test, listen: 127.0.0.1:{own}, routes: [{routes}] }}");
+        Server::start_with(&folder, free_port(), &format!("server_name: n{index}\n{cluster}\n"))
+    };
+    let servers: Vec<_> = own.iter().enumerate().map(start).collect();
+    let url = servers.iter().map(|server| format!("nats://127.0.0.1:{}", server.port)).collect::<Vec<_>>().join(",");
+    (servers, Options { url, replicas: 3, ..Options::default() })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn contract_in_a_cluster_of_three() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (_servers, options) = three(folder.path());
+    let bus: SharedBus = connect_patiently(options, Duration::from_secs(60)).await.expect("connects");
+    contract::all(&bus).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn three_copies_on_one_server_are_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let server = Server::start(folder.path(), None);
+    server.connect("one").await;
+    let url = format!("nats://127.0.0.1:{}", server.port);
+    let refused = Nats::connect(Options { url, replicas: 3, prefix: "many".to_owned(), ..Options::default() }).await;
+    assert!(matches!(&refused, Err(Error::Unfit(message)) if message.contains("replicas")), "{refused:?}");
 }
 
 #[tokio::test]

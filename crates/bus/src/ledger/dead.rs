@@ -9,7 +9,7 @@ use efferent_proto::{
 };
 
 use super::{Ledger, decode, encode};
-use crate::{Bucket, Result};
+use crate::{Bucket, Entry, Result};
 
 /// The id of the job that replays a dead one: the same whoever replays it.
 pub fn replay_job_id(job_id: &str) -> String {
@@ -46,8 +46,11 @@ impl Ledger {
     /// Every dead letter, the newest first.
     pub async fn letters(&self) -> Result<Vec<DeadLetter>> {
         let entries = self.bus.list(Bucket::Dead).await?;
-        let letters = entries.iter().map(|entry| decode::<DeadLetter>(&entry.value, "dead letter", &entry.key));
-        let mut letters = letters.collect::<Result<Vec<_>>>()?;
+        let letter = |entry: &Entry| {
+            let letter = decode::<DeadLetter>(&entry.value, "dead letter", &entry.key);
+            letter.inspect_err(|error| tracing::warn!(%error, "left out")).ok()
+        };
+        let mut letters: Vec<_> = entries.iter().filter_map(letter).collect();
         letters
             .sort_by_key(|letter| std::cmp::Reverse(letter.time.map_or(0, |at| time::unix_ms(time::system_time(&at)))));
         Ok(letters)

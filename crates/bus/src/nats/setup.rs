@@ -35,8 +35,9 @@ pub(super) async fn make_stream(context: &jetstream::Context, config: stream::Co
     let got = match context.create_or_update_stream(config.clone()).await {
         Ok(info) => info.config,
         Err(error)
-            if error.to_string().contains("insufficient resources")
-                || error.to_string().contains("JetStream not enabled") =>
+            if ["insufficient resources", "JetStream not enabled", "not supported in non-clustered mode"]
+                .iter()
+                .any(|unfit| error.to_string().contains(unfit)) =>
         {
             return Err(Error::Unfit(format!("the NATS server cannot hold stream {name}: {error}")));
         }
