@@ -27,7 +27,7 @@ use efferent_worker::{
 use futures::future::join_all;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::batch::{Encoder, Outcome};
@@ -36,6 +36,8 @@ use crate::batch::{Encoder, Outcome};
 const MAX_INLINE: usize = 512 * 1024;
 /// One batch computes while the next one is pulled.
 const BATCHES: usize = 2;
+/// So many more may be computed and not yet published: the queue's latency does not keep the engine waiting.
+const UNPUBLISHED: usize = 8;
 
 /// How a brain worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -123,11 +125,12 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
     let lanes = names::LANES.iter().map(|lane| names::brain_queue(&model.brain, *lane)).collect();
     let mut intake = Intake::new(worker.ledger.bus().clone(), lanes);
     let tasks = TaskTracker::new();
-    let batches = Arc::new(Semaphore::new(BATCHES));
+    let (batches, all) = (Arc::new(Semaphore::new(BATCHES)), Arc::new(Semaphore::new(BATCHES + UNPUBLISHED)));
     let mut busy = false;
     while !shutdown.is_triggered() {
-        let permit = tokio::select! {
-            permit = batches.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
+        let places = async { tokio::try_join!(all.clone().acquire_owned(), batches.clone().acquire_owned()) };
+        let (whole, place) = tokio::select! {
+            places = places => places.expect("the semaphores are never closed"),
             () = shutdown.requested() => break,
         };
         let mut deliveries = intake.next(options.max_prompts).await;
@@ -142,8 +145,8 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
         busy = deliveries.len() > 1;
         let worker = worker.clone();
         tasks.spawn(async move {
-            worker.batch(deliveries).await;
-            drop(permit);
+            worker.batch(deliveries, place).await;
+            drop(whole);
         });
     }
     worker.member.drain();
@@ -160,12 +163,17 @@ struct Taken {
 }
 
 impl Worker {
-    async fn batch(&self, deliveries: Vec<Delivery>) {
+    /// Computes and publishes a batch. Its place is free as soon as the engine is done with it.
+    async fn batch(&self, deliveries: Vec<Delivery>, place: OwnedSemaphorePermit) {
         let _in_flight: Vec<_> = deliveries.iter().map(|_| self.member.hold()).collect();
         let mut taken: Vec<Taken> =
             join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await.into_iter().flatten().collect();
         let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
-        let encoding = self.encoder.encode(requests);
+        let encoding = async {
+            let outcomes = self.encoder.encode(requests).await;
+            drop(place);
+            outcomes
+        };
         tokio::pin!(encoding);
         let outcomes = match tokio::time::timeout(task::BRISK, &mut encoding).await {
             Ok(outcomes) => outcomes,
