@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use efferent_bus::{
-    ledger::{self, Ledger, Transition, has_ended, is_final, job_id},
+    ledger::{self, Ledger, Transition, has_ended, job_id},
     read_object,
 };
 use efferent_proto::{
@@ -22,8 +22,12 @@ use prost::Message as _;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-/// How often the record is read while nothing is heard.
+/// After which time of silence the record is read: at first, and at most, twice as long each time. Most silence is waiting in a queue, and a
+/// thousand who wait must not read a thousand records a second.
 const GUARD: Duration = Duration::from_secs(1);
+const MOST_GUARD: Duration = Duration::from_secs(8);
+/// However near the job's deadline is.
+const SHORTEST_GUARD: Duration = Duration::from_millis(20);
 /// Images up to this many bytes are put into events.
 const MAX_INLINE: u64 = 8 * 1024 * 1024;
 
@@ -53,7 +57,7 @@ pub async fn follow(
     client: mpsc::Sender<Result<JobEvent, Status>>,
     shutdown: Shutdown,
 ) {
-    let follower = Follower { ledger, job, last: wish.after, wish, client };
+    let follower = Follower { ledger, job, last: wish.after, wish, client, guard: GUARD, expires_at: None };
     if let Err(Some(error)) = follower.run(tail, shutdown).await {
         tracing::warn!(%error.source, "a client's stream ends early");
         let _ = error.client.send(Err(ApiError::new(ErrorCode::BusUnavailable, error.source.to_string()).into())).await;
@@ -66,6 +70,10 @@ struct Follower {
     last: u64,
     wish: Wish,
     client: mpsc::Sender<Result<JobEvent, Status>>,
+    /// How much silence is borne the next time.
+    guard: Duration,
+    /// When the job expires, as far as that is known: then somebody must look at it.
+    expires_at: Option<SystemTime>,
 }
 
 struct Broken {
@@ -79,6 +87,7 @@ impl Follower {
         let mut look = tail.is_none();
         let mut events = match tail {
             Some(Tail { record, events }) => {
+                self.expires_at = expires_at(&record);
                 self.tell_new(record.log).await.map_err(|_| None)?;
                 events
             }
@@ -102,18 +111,26 @@ impl Follower {
                     Err(Stop::Bus(_)) => failures += 1,
                 }
             }
+            let left = self.expires_at.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default());
+            let silence = self.guard.min(left.unwrap_or(MOST_GUARD).max(SHORTEST_GUARD));
             look = tokio::select! {
                 event = events.next() => match event {
-                    Some(event) => match self.hear(&event.payload).await.map_err(|_| None)? {
-                        Heard::Enough => return Ok(()),
-                        heard => heard == Heard::Look,
-                    },
+                    Some(event) => {
+                        self.guard = GUARD;
+                        match self.hear(&event.payload).await.map_err(|_| None)? {
+                            Heard::Enough => return Ok(()),
+                            heard => heard == Heard::Look,
+                        }
+                    }
                     None => {
                         tokio::time::sleep(GUARD).await;
                         true
                     }
                 },
-                () = tokio::time::sleep(GUARD) => true,
+                () = tokio::time::sleep(silence) => {
+                    self.guard = (self.guard * 2).min(MOST_GUARD);
+                    true
+                }
                 () = self.client.closed() => return Err(None),
                 () = shutdown.requested() => {
                     let event = Event::Detached(Detached { after: self.last });
@@ -133,6 +150,7 @@ impl Follower {
             return Ok(true);
         };
         let record = expire(&self.ledger, record).await.map_err(Stop::Bus)?;
+        self.expires_at = expires_at(&record);
         let ended = has_ended(&record);
         self.tell_new(record.log).await?;
         Ok(ended)
@@ -213,9 +231,7 @@ enum Stop {
 /// # Errors
 /// If the bus is unavailable.
 pub async fn expire(ledger: &Ledger, record: JobRecord) -> efferent_bus::Result<JobRecord> {
-    let Some(job) = &record.job else { return Ok(record) };
-    let expires_at = job.expires_at.as_ref().map(time::system_time);
-    if is_final(job.state()) || expires_at.is_none_or(|at| SystemTime::now() < at) {
+    if has_ended(&record) || expires_at(&record).is_none_or(|at| SystemTime::now() < at) {
         return Ok(record);
     }
     let error = ApiError::new(ErrorCode::Expired, "the deadline passed before every image was rendered");
@@ -223,6 +239,11 @@ pub async fn expire(ledger: &Ledger, record: JobRecord) -> efferent_bus::Result<
     let outcome = ledger.apply(job_id(&record), &end).await?;
     purge(ledger, &record).await;
     Ok(outcome.record().cloned().unwrap_or(record))
+}
+
+/// When a job expires.
+fn expires_at(record: &JobRecord) -> Option<SystemTime> {
+    record.job.as_ref()?.expires_at.as_ref().map(time::system_time)
 }
 
 /// Drops a job's waiting tasks and tells those who work on it to stop. Returns how many were dropped.

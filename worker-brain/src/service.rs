@@ -27,7 +27,7 @@ use efferent_worker::{
 use futures::future::join_all;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::batch::{Encoder, Outcome};
@@ -36,6 +36,8 @@ use crate::batch::{Encoder, Outcome};
 const MAX_INLINE: usize = 512 * 1024;
 /// One batch computes while the next one is pulled.
 const BATCHES: usize = 2;
+/// So many more may be computed and not yet published: the queue's latency does not keep the engine waiting.
+const UNPUBLISHED: usize = 8;
 
 /// How a brain worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -123,11 +125,12 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
     let lanes = names::LANES.iter().map(|lane| names::brain_queue(&model.brain, *lane)).collect();
     let mut intake = Intake::new(worker.ledger.bus().clone(), lanes);
     let tasks = TaskTracker::new();
-    let batches = Arc::new(Semaphore::new(BATCHES));
+    let (batches, all) = (Arc::new(Semaphore::new(BATCHES)), Arc::new(Semaphore::new(BATCHES + UNPUBLISHED)));
     let mut busy = false;
     while !shutdown.is_triggered() {
-        let permit = tokio::select! {
-            permit = batches.clone().acquire_owned() => permit.expect("the semaphore is never closed"),
+        let places = async { tokio::try_join!(all.clone().acquire_owned(), batches.clone().acquire_owned()) };
+        let (whole, place) = tokio::select! {
+            places = places => places.expect("the semaphores are never closed"),
             () = shutdown.requested() => break,
         };
         let mut deliveries = intake.next(options.max_prompts).await;
@@ -143,12 +146,13 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
         let worker = worker.clone();
         let batches = batches.clone();
         tasks.spawn(async move {
-            let suspects = worker.batch(deliveries).await;
-            drop(permit);
+            let suspects = worker.batch(deliveries, place).await;
+            drop(whole);
             for (in_flight, task, suspect) in suspects {
-                let _alone = batches.acquire_many(BATCHES as u32).await.expect("the semaphore is never closed");
+                let alone = batches.clone().acquire_many_owned(BATCHES as u32).await;
                 let admission = suspect.begin_again().await;
-                worker.encode(Worker::taken(in_flight, task, admission).into_iter().collect()).await;
+                let taken = Worker::taken(in_flight, task, admission).into_iter().collect();
+                worker.encode(taken, alone.expect("the semaphore is never closed")).await;
             }
         });
     }
@@ -168,7 +172,11 @@ struct Taken {
 
 impl Worker {
     /// Works on what was pulled, but for tasks that are to be worked on alone: those are left to the caller.
-    async fn batch(&self, deliveries: Vec<Delivery>) -> Vec<(InFlight, BrainTask, Box<Held>)> {
+    async fn batch(
+        &self,
+        deliveries: Vec<Delivery>,
+        place: OwnedSemaphorePermit,
+    ) -> Vec<(InFlight, BrainTask, Box<Held>)> {
         let admitted = join_all(deliveries.into_iter().map(|delivery| self.admit(delivery))).await;
         let (mut taken, mut suspects) = (Vec::new(), Vec::new());
         for (in_flight, task, admission) in admitted.into_iter().flatten() {
@@ -177,14 +185,19 @@ impl Worker {
                 admission => taken.extend(Self::taken(in_flight, task, admission)),
             }
         }
-        self.encode(taken).await;
+        self.encode(taken, place).await;
         suspects
     }
 
-    async fn encode(&self, mut taken: Vec<Taken>) {
+    /// Computes and publishes a batch. Its place is free as soon as the engine is done with it.
+    async fn encode(&self, mut taken: Vec<Taken>, place: OwnedSemaphorePermit) {
         let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
         let started = Instant::now();
-        let encoding = self.encoder.encode(requests);
+        let encoding = async {
+            let outcomes = self.encoder.encode(requests).await;
+            drop(place);
+            outcomes
+        };
         tokio::pin!(encoding);
         let outcomes = match tokio::time::timeout(task::BRISK, &mut encoding).await {
             Ok(outcomes) => outcomes,

@@ -58,11 +58,6 @@ impl Places {
         }
     }
 
-    /// Whether any task is held.
-    pub(crate) fn is_idle(&self) -> bool {
-        *self.taken.borrow() == Counts::default()
-    }
-
     /// Takes a place, until it is dropped.
     pub(crate) fn take(self: &Arc<Self>, lane: Lane) -> Place {
         self.taken.send_modify(|counts| *of(counts, lane) += 1);
@@ -165,7 +160,6 @@ mod tests {
     async fn interactive_work_finds_room_where_batch_work_finds_none() {
         let (limit, limited) = watch::channel(2);
         let places = Places::new(limited);
-        assert!(places.is_idle());
         assert_eq!(places.room(Lane::Batch).await, 2);
         let mut first = places.take(Lane::Batch);
         let _second = places.take(Lane::Batch);
@@ -199,7 +193,7 @@ mod tests {
         let alone = waiting.await;
         assert_eq!(places.room(Lane::Interactive).now_or_never(), None);
         drop(alone);
-        assert!(places.is_idle());
+        assert_eq!(*places.taken.borrow(), Counts::default());
         assert_eq!(places.room(Lane::Batch).await, 2);
     }
 

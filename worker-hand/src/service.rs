@@ -49,8 +49,6 @@ const MAX_TOLD: usize = 64 * 1024;
 /// Bytes of pixels up to which a picture becomes a file sooner than a thread for it wakes up.
 const MAX_ENCODED_HERE: usize = 32 * 1024;
 
-/// How long a hand with work in hand waits for more before it asks again.
-const BUSY_WAIT: Duration = Duration::from_secs(1);
 /// How long before the engine is done with an image the next one is fetched: more than a pull takes, and less than anyone would notice who
 /// waits while another hand could have begun.
 const LEAD: Duration = Duration::from_millis(50);
@@ -186,14 +184,16 @@ impl Worker {
     /// Takes tasks of a lane as there is room, until `shutdown`.
     async fn work(self: Arc<Self>, lane: Lane, places: &Arc<Places>, tasks: &TaskTracker, shutdown: &Shutdown) {
         let queue = names::hand_queue(&self.model.hand, lane);
+        let mut wait = IDLE_WAIT;
         while !shutdown.is_triggered() {
             // No more than can be started: what waits here could be rendered by another hand.
             let room = tokio::select! {
                 room = places.room(lane) => room,
                 () = shutdown.requested() => return,
             };
-            let wait = if places.is_idle() { IDLE_WAIT } else { BUSY_WAIT };
-            for delivery in intake::pull(self.ledger.bus(), &queue, room, wait).await {
+            let deliveries = intake::pull(self.ledger.bus(), &queue, room, wait).await;
+            wait = intake::next_wait(wait, !deliveries.is_empty());
+            for delivery in deliveries {
                 let (worker, place) = (self.clone(), places.take(lane));
                 tasks.spawn(async move { worker.render(delivery, lane, place).await });
             }

@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 
 use efferent_bus::{Delivery, SharedBus};
 
-/// How long an idle worker waits for interactive work before it looks at the batch lane again.
+/// How long a worker waits for work in vain before it looks again (at other lanes, or whether it should stop): at first, and at most, twice as
+/// long each time. A thousand that looked four times a second would keep the queue's server busy with nothing.
 pub const IDLE_WAIT: Duration = Duration::from_millis(250);
+const MOST_IDLE_WAIT: Duration = Duration::from_secs(2);
 /// How long lanes that were empty are not looked at again while interactive work comes.
 const QUIET: Duration = Duration::from_millis(20);
 /// How long a worker rests after the bus failed it.
@@ -19,12 +21,16 @@ pub struct Intake {
     lanes: Vec<String>,
     /// Until when only the first lane is looked at.
     quiet_until: Instant,
+    /// How long to wait for work the next time that there is none.
+    idle_wait: Duration,
+    /// The first lane was waited on just now, in vain.
+    first_is_empty: bool,
 }
 
 impl Intake {
     /// Queues to pull from, most urgent first.
     pub fn new(bus: SharedBus, lanes: Vec<String>) -> Self {
-        Self { bus, lanes, quiet_until: Instant::now() }
+        Self { bus, lanes, quiet_until: Instant::now(), idle_wait: IDLE_WAIT, first_is_empty: false }
     }
 
     /// What waits now, up to `max`, of the most urgent lane that has any.
@@ -32,7 +38,8 @@ impl Intake {
     /// # Errors
     /// If the bus is unavailable.
     pub async fn ready(&mut self, max: usize) -> efferent_bus::Result<Vec<Delivery>> {
-        for lane in &self.lanes {
+        let known_empty = usize::from(std::mem::take(&mut self.first_is_empty));
+        for lane in self.lanes.iter().skip(known_empty) {
             let deliveries = self.bus.pull(lane, max, Duration::ZERO).await?;
             if !deliveries.is_empty() {
                 return Ok(deliveries);
@@ -46,6 +53,9 @@ impl Intake {
     /// Not to be dropped half-way: a task that is on its way to us would wait for its lease to end.
     pub async fn next(&mut self, max: usize) -> Vec<Delivery> {
         let pulled = self.pull(max).await;
+        if let Ok(deliveries) = &pulled {
+            self.idle_wait = next_wait(self.idle_wait, !deliveries.is_empty());
+        }
         or_rest(pulled).await
     }
 
@@ -59,8 +69,18 @@ impl Intake {
             }
         }
         let deliveries = self.ready(max).await?;
-        if deliveries.is_empty() { self.bus.pull(&first, max, IDLE_WAIT).await } else { Ok(deliveries) }
+        if !deliveries.is_empty() {
+            return Ok(deliveries);
+        }
+        let deliveries = self.bus.pull(&first, max, self.idle_wait).await?;
+        self.first_is_empty = deliveries.is_empty();
+        Ok(deliveries)
     }
+}
+
+/// How long to wait next, after one wait that found work or did not.
+pub fn next_wait(wait: Duration, found: bool) -> Duration {
+    if found { IDLE_WAIT } else { (wait * 2).min(MOST_IDLE_WAIT) }
 }
 
 /// Up to `max` tasks of one lane, waiting up to `wait` for the first. Not to be dropped half-way, as [`Intake::next`].
