@@ -55,7 +55,8 @@ struct Fragile {
 }
 
 fn fragile(per_step: Duration, begun: &Begun) -> Factory<dyn Hand> {
-    let (mut inner, begun) = (sim::factory(sim::Cost { per_step, max_batch: 8, ..Default::default() }), begun.clone());
+    let (mut inner, begun) =
+        (sim::factory(sim::Cost { per_step: per_step.into(), max_batch: 8, ..Default::default() }), begun.clone());
     Box::new(move || Ok(Box::new(Fragile { inner: inner()?, begun: begun.clone(), seeds: HashMap::new() })))
 }
 
