@@ -4,10 +4,14 @@ use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{Arc, mpsc},
     time::Duration,
 };
 
+use efferent_bus::{
+    SharedBus,
+    nats::{self, Nats},
+};
 use tempfile::TempDir;
 
 use crate::calls::{Client, PATIENCE};
@@ -110,6 +114,12 @@ impl Cluster {
     /// Where nats-server listens.
     pub fn nats_url(&self) -> String {
         format!("nats://127.0.0.1:{}", self.port)
+    }
+
+    /// The cluster's bus, to look at what it holds.
+    pub async fn bus(&self) -> SharedBus {
+        let options = nats::Options { url: self.nats_url(), ..Default::default() };
+        Arc::new(Nats::connect(options).await.expect("the server runs"))
     }
 
     /// Starts `efferent ROLE ARGS` on the cluster's queue and waits until it is ready. Returns its standard output so far too.
