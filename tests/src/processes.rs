@@ -6,10 +6,14 @@ use std::{
     net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Mutex, MutexGuard, mpsc},
+    sync::{Arc, Mutex, MutexGuard, mpsc},
     time::Duration,
 };
 
+use efferent_bus::{
+    SharedBus,
+    nats::{self, Nats},
+};
 use tempfile::TempDir;
 
 use crate::calls::{Client, PATIENCE};
@@ -175,6 +179,12 @@ impl Cluster {
     pub fn nats_url(&self) -> String {
         let urls: Vec<_> = self.ports.iter().map(|(port, _)| format!("nats://{}:{port}", self.host)).collect();
         urls.join(",")
+    }
+
+    /// The cluster's bus, to look at what it holds.
+    pub async fn bus(&self) -> SharedBus {
+        let options = nats::Options { url: self.nats_url(), ..Default::default() };
+        Arc::new(Nats::connect(options).await.expect("the server runs"))
     }
 
     /// Starts `efferent ROLE ARGS` on the cluster's queue and waits until it is ready. Returns its standard output so far too.

@@ -51,7 +51,7 @@ struct State {
     width: u32,
     height: u32,
     seed: u64,
-    /// Stands for signal and seed.
+    /// Stands for signal and seed, and for every step since: a step that is left out or taken twice shows in the picture.
     hash: [u8; 32],
     fate: Fate,
 }
@@ -94,7 +94,18 @@ impl Sim {
 }
 
 fn state(sample: &Sample) -> Result<&State, EngineError> {
-    sample.state.downcast_ref().ok_or_else(|| EngineError::Crashed("a sample of another engine".to_owned()))
+    sample.state.downcast_ref().ok_or_else(foreign)
+}
+
+fn foreign() -> EngineError {
+    EngineError::Crashed("a sample of another engine".to_owned())
+}
+
+fn advance(sample: &mut Sample) -> Result<(), EngineError> {
+    let state: &mut State = sample.state.downcast_mut().ok_or_else(foreign)?;
+    state.hash = *blake3::hash(&state.hash).as_bytes();
+    sample.step += 1;
+    Ok(())
 }
 
 fn paint(state: &State, step: u32) -> RgbImage {
@@ -128,7 +139,7 @@ impl Hand for Sim {
         };
         self.clock.work(time);
         let advance = |sample: &mut &mut Sample| {
-            sample.step += 1;
+            advance(sample)?;
             let fate = state(sample)?.fate;
             let half_way = sample.step == sample.steps.div_ceil(2);
             assert!(!(half_way && fate == Fate::Crash), "a simulated crash");
@@ -151,14 +162,17 @@ impl Hand for Sim {
     }
 
     fn checkpoint(&self, sample: &Sample) -> Result<Bytes, EngineError> {
-        Ok(Bytes::copy_from_slice(&sample.step.to_le_bytes()))
+        Ok([&sample.step.to_le_bytes()[..], &state(sample)?.hash].concat().into())
     }
 
     fn resume(&mut self, request: &RenderRequest, from: &[u8]) -> Result<Sample, EngineError> {
+        let unfit = || EngineError::Crashed("a checkpoint that does not fit".to_owned());
         let mut sample = self.begin(request)?;
-        let step = from.try_into().map(u32::from_le_bytes).ok().filter(|step| *step <= sample.steps);
-        sample.step = step.ok_or_else(|| EngineError::Crashed("a checkpoint that does not fit".to_owned()))?;
-        Ok(sample)
+        let (step, hash) = from.split_first_chunk::<4>().ok_or_else(unfit)?;
+        let State { hash: state, .. } = sample.state.downcast_mut().ok_or_else(foreign)?;
+        *state = hash.try_into().map_err(|_| unfit())?;
+        sample.step = u32::from_le_bytes(*step);
+        if sample.step > sample.steps { Err(unfit()) } else { Ok(sample) }
     }
 }
 

@@ -15,3 +15,5 @@ pub mod linear;
 pub mod ops;
 mod product;
 pub mod rows;
+
+pub use product::MAX_ROWS;

@@ -12,8 +12,8 @@ use rayon::prelude::*;
 
 use super::ops::{is_ours, slice};
 
-/// Most rows for which it is the quicker way.
-const MAX_ROWS: usize = 160;
+/// Most rows for which it is the quicker way. Up to as many, a row's values do not depend on the others.
+pub const MAX_ROWS: usize = 160;
 /// Multiplications that one task of the thread pool does at least.
 const GRAIN: usize = 512 * 1024;
 /// Outputs of the widest tile on the widest vectors.

@@ -13,7 +13,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
-    nn::rows::on_pool,
+    nn::{MAX_ROWS, rows::on_pool},
     signal,
     weights::{Gguf, Weights},
 };
@@ -23,8 +23,10 @@ use self::{language::Language, tokens::Tokens};
 use super::{Source, unloadable};
 use crate::connectors::queries::{self, Connector};
 
-/// Tokens of a batch, template and padding included: a pass over so many takes about half a second on two cores.
-const MAX_BATCH: usize = 1024;
+/// Tokens of a batch, template and padding included. On CPU as many as leave each prompt's values untouched by the others, to the bit.
+fn max_batch(device: &Device) -> usize {
+    if device.is_cpu() { MAX_ROWS } else { 1024 }
+}
 
 /// `brain.config` of a pipeline.
 #[derive(Debug, Clone, Deserialize)]
@@ -80,7 +82,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     file.finish().map_err(|e| unloadable("the connector")(e.into()))?;
     let sizes = connector.config();
     let space = pipeline.space(sizes.width as u32, format!("queries{}@{}", sizes.queries, config.layer), "rms");
-    let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_BATCH, simulated: false };
+    let spec = EngineSpec { model: pipeline.model(&space), max_batch: max_batch(device), simulated: false };
     let template = blake3::hash(format!("{}\0{}\0{}", config.prefix, config.suffix, config.layer).as_bytes());
     let header = ControlHeader {
         schema_version: signal::SCHEMA_VERSION,
@@ -157,7 +159,9 @@ impl Brain for SmolLm2 {
     }
 
     fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError> {
-        self.ids(request).map(|ids| ids.len())
+        // The connector's rows: its queries, and the prompt without the template's beginning.
+        let read = |ids: usize| ids.saturating_sub(self.skipped) + self.connector.config().queries;
+        self.ids(request).map(|ids| ids.len().max(read(ids.len())))
     }
 
     fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {

@@ -145,6 +145,68 @@ fn the_contract_holds() {
     efferent_worker::testing::check_hand(&mut hand, &requests);
 }
 
+/// Alone, in a batch with others that are at other steps, set aside in between, or gone on with from a checkpoint: each value of the latent and of
+/// the picture is the same, to the bit. (On CPU; see `nn::rows`.)
+#[test]
+fn a_picture_depends_on_its_request_alone() {
+    let (mut hand, _folder) = hand();
+    let golden = golden("hand.safetensors");
+    for sampler in ["euler", "heun"] {
+        for guidance_scale in [1.0, 2.5] {
+            let requests: Vec<RenderRequest> = (0..4)
+                .map(|i| {
+                    let control = golden["golden.control"].get(i % 3).unwrap();
+                    let (seed, steps, sampler) = (40 + i as u64, 4 + i as u32, sampler.to_owned());
+                    RenderRequest { seed, steps, sampler, guidance_scale, ..request(&control, &hand) }
+                })
+                .collect();
+            let begun = |hand: &mut Pictogram| -> Vec<Sample> {
+                requests.iter().map(|request| hand.begin(request).unwrap()).collect()
+            };
+            let bits = |sample: &Sample| state(sample).unwrap().trajectory.latent.iter().map(|v| v.to_bits()).collect();
+            let alone: Vec<(Vec<u32>, RgbImage)> = begun(&mut hand)
+                .into_iter()
+                .map(|sample| {
+                    let sample = finish(&mut hand, sample);
+                    (bits(&sample), hand.finish(sample).unwrap())
+                })
+                .collect();
+            // Of every size up to all, one after the other joining; who has come furthest is set aside every third step.
+            let mut samples = begun(&mut hand);
+            for round in 0.. {
+                let mut batch: Vec<&mut Sample> =
+                    samples.iter_mut().take(1 + round).filter(|sample| !sample.is_complete()).collect();
+                if round % 3 == 2 && batch.len() > 1 {
+                    batch.remove(0);
+                }
+                if batch.is_empty() {
+                    break;
+                }
+                hand.step(&mut batch).into_iter().for_each(|outcome| outcome.unwrap());
+            }
+            for (sample, (latent, picture)) in samples.into_iter().zip(&alone) {
+                assert!(bits(&sample) == *latent, "{sampler} {guidance_scale}: a batch changes the latent");
+                assert!(hand.finish(sample).unwrap() == *picture);
+            }
+            // From the checkpoint of every step, in a batch of all that go on.
+            let mut samples = Vec::new();
+            let mut sample = hand.begin(&requests[0]).unwrap();
+            while !sample.is_complete() {
+                hand.step(&mut [&mut sample]).pop().unwrap().unwrap();
+                let kept = hand.checkpoint(&sample).unwrap();
+                samples.push(hand.resume(&requests[0], &kept).unwrap());
+            }
+            while samples.iter().any(|sample| !sample.is_complete()) {
+                let mut batch: Vec<&mut Sample> = samples.iter_mut().filter(|sample| !sample.is_complete()).collect();
+                hand.step(&mut batch).into_iter().for_each(|outcome| outcome.unwrap());
+            }
+            for sample in samples {
+                assert!(bits(&sample) == alone[0].0, "{sampler} {guidance_scale}: a checkpoint changes the latent");
+            }
+        }
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_refused() {
     let (mut hand, _folder) = hand();
