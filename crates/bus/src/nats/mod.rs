@@ -191,7 +191,7 @@ impl Nats {
         let subject = format!("{}{key}", self.bucket(bucket).prefix);
         match self.send(publish.outbound_message(subject)).await {
             Ok(revision) => Ok(Some(revision)),
-            Err(error) if error.kind() == PublishErrorKind::WrongLastSequence => Ok(None),
+            Err(error) if is_outdated(&error) => Ok(None),
             Err(error) => Err(Error::unavailable(format!("writing {}", bucket.name()), error)),
         }
     }
@@ -199,6 +199,13 @@ impl Nats {
     fn object_subject(&self, hash: &str, chunk: &str) -> String {
         format!("{}.object.{hash}.{chunk}", self.options.prefix)
     }
+}
+
+/// Whether another write came first. In a cluster that is also said of one that is on its way, with a code of its own.
+fn is_outdated(error: &PublishError) -> bool {
+    let source = error.source().and_then(|source| source.downcast_ref::<jetstream::Error>());
+    error.kind() == PublishErrorKind::WrongLastSequence
+        || source.is_some_and(|error| error.error_code() == jetstream::ErrorCode::STREAM_WRONG_LAST_SEQUENCE_CONSTANT)
 }
 
 /// Time-to-live counts in seconds, from 1.
