@@ -162,17 +162,25 @@ pub async fn run(
     let (abandoned, tasks) = (CancellationToken::new(), TaskTracker::new());
     let worker = Arc::new(Worker { ledger, engine, member, cancellations, model, abandoned, leaving });
     let places = Places::new(places);
-    let told = async {
+    let done = async {
+        join_all(names::LANES.map(|lane| worker.clone().work(lane, &places, &tasks, &shutdown))).await;
+        tasks.close();
+        tasks.wait().await;
+    };
+    // Counted from the request to stop: a pull that is under way then may take a moment of it.
+    let out_of_time = async {
         shutdown.requested().await;
         worker.member.drain();
-    };
-    let lanes = names::LANES.map(|lane| worker.clone().work(lane, &places, &tasks, &shutdown));
-    tokio::join!(join_all(lanes), told);
-    tasks.close();
-    if tokio::time::timeout(options.grace.saturating_sub(leaving), tasks.wait()).await.is_err() {
-        tracing::warn!("images were left in hand at the end of the grace period; they go back to the queue");
+        tokio::time::sleep(options.grace.saturating_sub(leaving)).await;
+        if !tasks.is_empty() {
+            tracing::warn!("images were left in hand at the end of the grace period; they go back to the queue");
+        }
         worker.abandoned.cancel();
-        let _ = tokio::time::timeout(leaving, tasks.wait()).await;
+        tokio::time::sleep(leaving).await;
+    };
+    tokio::select! {
+        () = done => {}
+        () = out_of_time => {}
     }
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
@@ -194,6 +202,11 @@ impl Worker {
             let deliveries = intake::pull(self.ledger.bus(), &queue, room, wait).await;
             wait = intake::next_wait(wait, !deliveries.is_empty());
             for delivery in deliveries {
+                if shutdown.is_triggered() {
+                    // It may even be one that this worker has just handed back.
+                    let _ = delivery.lease.nak(Duration::ZERO).await;
+                    continue;
+                }
                 let (worker, place) = (self.clone(), places.take(lane));
                 tasks.spawn(async move { worker.render(delivery, lane, place).await });
             }
