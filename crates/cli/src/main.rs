@@ -37,7 +37,9 @@ use clap::{ArgMatches, FromArgMatches as _};
 
 use crate::{
     args::{Cli, Do},
-    client::{Server, batch, cluster, dead, files::Plan, follow::Follow, generate, jobs, progress::Progress, top},
+    client::{
+        Server, batch, cluster, dead, files::Plan, follow::Follow, generate, jobs, progress::Progress, signals, top,
+    },
     exit::{Exit, Failure},
     settings::Settings,
 };
@@ -108,6 +110,9 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
     let server = || Server::parse(if named.is_empty() { client::USUAL } else { named });
     match command {
         Do::Generate(args) => generate(args, settings).await,
+        Do::Encode(args) => signals::encode(server()?, args, &settings.client).await,
+        Do::Signal(args::SignalDo::Show(args)) => signals::show(server()?, args).await,
+        Do::Signal(args::SignalDo::Drop(args)) => signals::drop(server()?, args).await,
         Do::Models(args) => match &args.command {
             #[cfg(feature = "local")]
             Some(args::ModelsDo::Fetch { name }) => local::models::fetch(settings, name.as_deref()),
@@ -117,6 +122,8 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         },
         #[cfg(feature = "local")]
         Do::Bench(bench::args::Do::Cluster(args)) => bench::cluster(settings, args).await,
+        #[cfg(feature = "local")]
+        Do::Bench(bench::args::Do::Autoscale(args)) => bench::autoscale::run(settings, args).await,
         Do::Workers(args) => cluster::list_workers(server()?, args.json).await,
         Do::Status(args) => cluster::show_status(server()?, args.json).await,
         Do::Top { once } => top::run(server()?, *once).await,
@@ -139,14 +146,16 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
 }
 
 async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Failure> {
-    let plan = Plan::new(&args.prompt, args.output.as_deref().map(Path::new), args.format, args.count)?;
+    let title = args.prompt.as_deref().or(args.signal.as_deref()).unwrap_or_default();
+    let count = if args.seeds.is_empty() { args.count } else { args.seeds.len() as u32 };
+    let plan = Plan::new(title, args.output.as_deref().map(Path::new), args.format, count)?;
     let pictures = !args.no_show && !args.json && !plan.is_stdout();
     let progress = Progress::new("starting", pictures);
     let named = settings.client.server.as_str();
     #[cfg(feature = "local")]
     if named.is_empty() || args.local {
-        if args.detach || args.quote {
-            let message = "--detach needs a --server that goes on with the job, and --quote one that knows its workers";
+        if args.detach || args.quote || args.signal.is_some() {
+            let message = "--detach needs a --server that goes on with the job, --quote one that knows its workers, and --signal one that keeps signals";
             return Err(Failure::words(Exit::Usage, message));
         }
         return local::private::run(settings, args, &plan, progress).await;
@@ -164,10 +173,14 @@ async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Fail
 fn wants_json(command: &Do) -> bool {
     match command {
         Do::Generate(args) => args.json && args.output.as_deref() != Some(Path::new("-")),
+        Do::Encode(args) => args.json,
+        Do::Signal(args::SignalDo::Show(args) | args::SignalDo::Drop(args)) => args.json,
         Do::Models(args) => args.json,
         Do::Plan(args) => args.json,
         #[cfg(feature = "local")]
         Do::Bench(bench::args::Do::Cluster(args)) => args.json,
+        #[cfg(feature = "local")]
+        Do::Bench(bench::args::Do::Autoscale(args)) => args.json,
         Do::Workers(args) | Do::Status(args) => args.json,
         Do::Watch(args) => args.json,
         Do::Job(args) | Do::Cancel(args) => args.json,

@@ -14,14 +14,19 @@ pub(crate) enum Do {
     ///
     /// One nats-server, one coordinator, simulated brains and hands that take the times they are told to. Nothing they draw is worth seeing.
     Cluster(Cluster),
+    /// Add and drain simulated hands as the coordinator advises, through a burst of requests
+    ///
+    /// Requests come at random: for a phase at the low rate, for one at the high rate, and again at the low one.
+    Autoscale(Autoscale),
     /// A process of such a cluster; it ends with its standard input
     #[command(hide = true)]
     Part(Part),
 }
 
 /// Which settings matter to which of them.
-pub(crate) const GROUPS: [(&str, &[Group]); 2] = [
+pub(crate) const GROUPS: [(&str, &[Group]); 3] = [
     ("cluster", &[Group::Sim]),
+    ("autoscale", &[Group::Sim]),
     (
         "part",
         &[
@@ -86,6 +91,74 @@ pub(crate) struct Cluster {
     /// Folder for report.json and plots (SVG).
     #[arg(short, long, value_name = "FOLDER")]
     pub(crate) output: Option<PathBuf>,
+}
+
+/// `efferent bench autoscale`.
+#[derive(Debug, Args)]
+pub(crate) struct Autoscale {
+    /// Simulated brains. Each reads one prompt at a time.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) brains: u32,
+    /// Most hands, each a process of its own. It begins with one.
+    #[arg(long, value_name = "N", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) max_hands: u32,
+    /// Time a brain takes for a prompt.
+    #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = humantime::parse_duration)]
+    pub(crate) brain_time: Duration,
+    /// Time a hand takes for an image.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    pub(crate) hand_time: Duration,
+    /// Requests a second before and after the burst.
+    #[arg(long, value_name = "RATE", default_value_t = 2.0)]
+    pub(crate) low: f64,
+    /// Requests a second in the burst.
+    #[arg(long, value_name = "RATE", default_value_t = 12.0)]
+    pub(crate) high: f64,
+    /// How long each of the three phases is.
+    #[arg(long, value_name = "TIME", default_value = "2m", value_parser = humantime::parse_duration)]
+    pub(crate) phase: Duration,
+    /// How often the advice is asked for.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub(crate) interval: Duration,
+    /// Hands are drained to the most that was advised within this time.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub(crate) stabilisation: Duration,
+    /// Seed of arrivals and prompts.
+    #[arg(long, value_name = "SEED", default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// The nats-server to start. Default: the one on PATH.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) nats_server: Option<PathBuf>,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Folder for autoscale.json and a plot (SVG).
+    #[arg(short, long, value_name = "FOLDER")]
+    pub(crate) output: Option<PathBuf>,
+}
+
+impl Autoscale {
+    /// The cluster that it begins with.
+    pub(crate) fn cluster(&self) -> Cluster {
+        Cluster {
+            brains: self.brains,
+            hands: 1,
+            brain_time: self.brain_time,
+            hand_time: Curve::from(self.hand_time),
+            steps: 4,
+            duration: self.phase * 3,
+            warm_up: None,
+            // Sets how many streams may be open; requests come at times of their own.
+            arrivals: Arrivals::Trace(PathBuf::new()),
+            in_flight: Some(4096),
+            seed: self.seed,
+            processes: Processes::Hands,
+            nats_server: self.nats_server.clone(),
+            sync: Sync("always".to_owned()),
+            json: self.json,
+            output: None,
+        }
+    }
 }
 
 /// `efferent bench part`.

@@ -77,7 +77,7 @@ fn trace(text: &str) -> Result<Vec<f64>, String> {
 }
 
 /// Arrivals at random, `rate` a second, before `end`.
-fn poisson(rate: f64, seed: u64, end: f64) -> Vec<f64> {
+pub(crate) fn poisson(rate: f64, seed: u64, end: f64) -> Vec<f64> {
     let mut now = 0.0;
     let gaps = (0..).map(|index| -(1.0 - chance(&[seed, index])).ln() / rate);
     gaps.map(|gap| {

@@ -1,10 +1,11 @@
 //! `efferent bench cluster`: a cluster of simulated workers under load, beside what theory promises of it.
 //!
 //! Read in this order: [`args`] (what can be typed), this file (the run), [`processes`] (the cluster), [`load`] (requests), [`scrape`]
-//! (what processes measured themselves), [`report`] (figures), [`plot`] (pictures of them). Everything is started by this command, and
+//! (what processes measured themselves), [`report`] (figures), [`plot`] (pictures of them), [`autoscale`] (hands that come and go). Everything is started by this command, and
 //! stopped by it, by id.
 
 pub(crate) mod args;
+pub(crate) mod autoscale;
 mod load;
 mod plot;
 mod processes;

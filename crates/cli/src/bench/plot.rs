@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::bench::report::Report;
+use crate::bench::{autoscale, report::Report};
 
 const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 320.0;
@@ -31,11 +31,11 @@ impl Plot {
         plot.label((left + right) / 2.0, 22.0, "middle", title);
         plot.label((left + right) / 2.0, bottom + 36.0, "middle", x_name);
         plot.label(left, top - 8.0, "middle", y_name);
-        for part in 0..=4 {
-            let share = f64::from(part) / 4.0;
-            let (x, y) = plot.place((most.0 * share, most.1 * share));
-            plot.label(x, bottom + 18.0, "middle", &number(most.0 * share));
-            plot.label(left - 6.0, y + 4.0, "end", &number(most.1 * share));
+        for value in ticks(most.0) {
+            plot.label(plot.place((value, 0.0)).0, bottom + 18.0, "middle", &value.to_string());
+        }
+        for value in ticks(most.1) {
+            plot.label(left - 6.0, plot.place((0.0, value)).1 + 4.0, "end", &value.to_string());
         }
         plot
     }
@@ -82,12 +82,15 @@ impl Plot {
     }
 }
 
-fn number(value: f64) -> String {
-    match value {
-        value if value >= 100.0 || value == 0.0 => format!("{value:.0}"),
-        value if value >= 1.0 => format!("{value:.1}"),
-        value => format!("{value:.3}"),
-    }
+/// Three to six round numbers from 0 up to `most`.
+fn ticks(most: f64) -> Vec<f64> {
+    let power = 10f64.powf((most / 5.0).log10().floor());
+    let step = [1.0, 2.0, 5.0, 10.0].map(|digit| digit * power).into_iter().find(|step| most / step <= 5.5);
+    let step = step.unwrap_or(most);
+    // Rounded, so that 3 x 0.1 is written 0.3.
+    let value = |index: u32| (f64::from(index) * step / power).round() * power;
+    let shortest = |value: f64| format!("{value:.9}").parse().unwrap_or(value);
+    (0..=(most / step + 1e-9) as u32).map(|index| shortest(value(index))).collect()
 }
 
 /// Ends a second over time, with what theory promises and the measured time shaded.
@@ -125,9 +128,35 @@ pub(crate) fn latency(report: &Report) -> String {
     plot.end()
 }
 
+/// Hands over time, with those that arrivals keep busy.
+pub(crate) fn autoscale(report: &autoscale::Report) -> String {
+    let samples = &report.samples;
+    let high = samples.iter().map(|sample| f64::from(sample.hands).max(sample.needed)).fold(1.0, f64::max) * 1.1;
+    let title = "Simulated cluster: hands added and drained as advised (dashed: those that arrivals keep busy)";
+    let mut plot = Plot::new(title, ("seconds", "hands"), (3.0 * report.phase, high));
+    let steps = |value: fn(&autoscale::Sample) -> f64| {
+        let corners =
+            samples.windows(2).flat_map(|pair| [(pair[0].at, value(&pair[0])), (pair[1].at, value(&pair[0]))]);
+        corners.collect::<Vec<_>>()
+    };
+    plot.line(&steps(|sample| sample.needed), GREY, "5 4");
+    plot.line(&steps(|sample| f64::from(sample.hands)), BLUE, "");
+    plot.end()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ticks_are_round() {
+        assert_eq!(ticks(58.5), [0.0, 20.0, 40.0]);
+        assert_eq!(ticks(0.5), [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]);
+        assert_eq!(ticks(143.0), [0.0, 50.0, 100.0]);
+        for most in [1e-9, 0.013, 1.0, 7.0, 99.9, 12_345.0] {
+            assert!((3..=7).contains(&ticks(most).len()), "{most}: {:?}", ticks(most));
+        }
+    }
 
     #[test]
     fn points_lie_where_they_belong() {

@@ -37,6 +37,7 @@ pub(crate) struct Cluster {
     /// Ended in this order: workers before what they talk to.
     parts: Vec<Part>,
     nats: Option<Child>,
+    nats_url: String,
     folder: TempDir,
     plan: Plan,
 }
@@ -85,7 +86,13 @@ impl Cluster {
         // Everything else is as this command was told by file and environment.
         std::fs::write(folder.path().join("settings.toml"), settings.describe()).map_err(failed)?;
         let program = std::env::current_exe().map_err(failed)?;
-        Ok(Self { parts: Vec::new(), nats: None, folder, plan: Plan::new(args, nats_server, program) })
+        Ok(Self {
+            parts: Vec::new(),
+            nats: None,
+            nats_url: String::new(),
+            folder,
+            plan: Plan::new(args, nats_server, program),
+        })
     }
 
     /// Starts everything. Returns the coordinator's address.
@@ -93,18 +100,40 @@ impl Cluster {
     /// # Errors
     /// If a process does not get ready.
     pub(crate) async fn start(&mut self) -> Result<String, Failure> {
-        let nats_url = self.start_nats().await?;
+        self.nats_url = self.start_nats().await?;
         let coordinator = self.plan.coordinator.clone();
-        self.spawn(PartRole::Coordinator, 1, &nats_url, &coordinator)?;
+        self.spawn(PartRole::Coordinator, 1, &coordinator)?;
         let url = self.ready(0).await?;
         for (role, copies) in self.plan.workers.clone() {
             let costs = self.plan.costs.clone();
-            self.spawn(role, copies, &nats_url, &costs)?;
+            self.spawn(role, copies, &costs)?;
         }
         for index in 1..self.parts.len() {
             self.ready(index).await?;
         }
         Ok(url)
+    }
+
+    /// Starts hands, or has them finish what they have and leave, until there are so many processes of them.
+    ///
+    /// # Errors
+    /// If one does not get ready.
+    pub(crate) async fn scale_hands(&mut self, wanted: u32) -> Result<(), Failure> {
+        let there = self.parts.iter().filter(|part| matches!(part.role, PartRole::Hand)).count();
+        let (first, costs) = (self.parts.len(), self.plan.costs.clone());
+        for _ in there..wanted as usize {
+            self.spawn(PartRole::Hand, 1, &costs)?;
+        }
+        for index in first..self.parts.len() {
+            self.ready(index).await?;
+        }
+        for _ in wanted as usize..there {
+            let Some(last) = self.parts.iter().rposition(|part| matches!(part.role, PartRole::Hand)) else { break };
+            let mut child = self.parts.remove(last).child;
+            drop(child.stdin.take());
+            tokio::spawn(async move { child.wait().await });
+        }
+        Ok(())
     }
 
     async fn start_nats(&mut self) -> Result<String, Failure> {
@@ -141,11 +170,13 @@ impl Cluster {
         log.map(Stdio::from).map_err(|error| Failure::new(Exit::File, error))
     }
 
-    fn spawn(&mut self, role: PartRole, copies: u32, nats_url: &str, more: &[String]) -> Result<(), Failure> {
+    fn spawn(&mut self, role: PartRole, copies: u32, more: &[String]) -> Result<(), Failure> {
         let mut command = Command::new(&self.plan.program);
         command.arg("--config").arg(self.folder.path().join("settings.toml"));
         command.args(["bench", "part", role.role().name(), &copies.to_string()]);
-        command.args(["--model", "sim", "--device", "cpu", "--admin", "127.0.0.1:0", "--nats", nats_url]).args(more);
+        command
+            .args(["--model", "sim", "--device", "cpu", "--admin", "127.0.0.1:0", "--nats", &self.nats_url])
+            .args(more);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(self.log()?);
         let mut child = launch(&mut command)?;
         let Some(stdout) = child.stdout.take() else { return Err(self.breakdown("a process has no output")) };
