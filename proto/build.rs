@@ -4,13 +4,14 @@ use std::{env, fs, path::PathBuf};
 
 use prost::Message as _;
 
-const FILES: [&str; 8] = [
+const FILES: [&str; 9] = [
     "efferent/v1/common.proto",
     "efferent/v1/image.proto",
     "efferent/v1/cluster.proto",
     "efferent/v1/batch.proto",
     "efferent/v1/object.proto",
     "efferent/v1/dead.proto",
+    "efferent/v1/signal.proto",
     "efferent/internal/v1/task.proto",
     "efferent/internal/v1/batch.proto",
 ];
@@ -20,6 +21,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(FILES, ["."])?;
     let out = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out.join("efferent.bin"), descriptors.encode_to_vec())?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    // Ordered maps, so that equal control signals have equal bytes.
+    tonic_prost_build::configure()
+        .bytes(".")
+        .btree_map(".efferent.internal.v1.ControlSignal")
+        .compile_fds(descriptors)?;
     Ok(())
 }

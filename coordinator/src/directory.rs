@@ -11,7 +11,7 @@ use efferent_bus::{
 };
 use efferent_proto::{
     ApiError,
-    v1::{ErrorCode, GenerateRequest, Model, Worker, WorkerRole, WorkerState},
+    v1::{ErrorCode, GenerateRequest, Model, Signal, Worker, WorkerRole, WorkerState},
     work,
 };
 use futures::StreamExt as _;
@@ -21,6 +21,9 @@ use crate::quote::Stage;
 
 /// How much the latest request counts in what is usual.
 const LATE: f64 = 0.05;
+
+/// What a request with a prompt needs to be live.
+pub const WHOLE: [WorkerRole; 2] = [WorkerRole::Brain, WorkerRole::Hand];
 
 /// The models and workers of the cluster. Clones share it.
 #[derive(Debug, Clone)]
@@ -54,8 +57,18 @@ impl State {
         self.ready(role).filter(serves).count() as u32
     }
 
-    fn is_served(&self, model: &str) -> bool {
-        self.live(model, WorkerRole::Brain) > 0 && self.live(model, WorkerRole::Hand) > 0
+    /// Which of the stages that are needed has no live worker.
+    fn missing(&self, model: &str, needs: &[WorkerRole]) -> Option<WorkerRole> {
+        needs.iter().copied().find(|role| self.live(model, *role) == 0)
+    }
+
+    fn model(&self, name: &str) -> Result<&Model, ApiError> {
+        self.models.get(name).ok_or_else(|| {
+            let known = self.models.keys().cloned().collect::<Vec<_>>().join(", ");
+            ApiError::new(ErrorCode::UnknownModel, format!("no model {name:?}; known are: {known}"))
+                .field("model")
+                .limit(known)
+        })
     }
 }
 
@@ -131,7 +144,8 @@ impl Directory {
 
     /// The hand that would draw a request, and how many seconds of one it would take. `None` if there is none now.
     pub fn work(&self, request: &GenerateRequest) -> Option<(String, f64)> {
-        let model = self.choose(&request.model).ok()?;
+        let needs = if request.signal_id.is_empty() { &WHOLE[..] } else { &[WorkerRole::Hand] };
+        let model = self.choose(&request.model, needs).ok()?;
         let (steps, images) = (request.steps.unwrap_or(model.default_steps), request.image_count.unwrap_or(1));
         let size = request.size.or(model.sizes.first().copied()).unwrap_or_default();
         let units = work::image_units(&size, steps) * f64::from(images);
@@ -164,40 +178,60 @@ impl Directory {
         self.read(|state| state.workers.values().cloned().collect())
     }
 
-    /// The model of a request; an empty name stands for the only one that is served.
+    /// The model of a request that needs these stages; an empty name stands for the only one that has them.
     ///
     /// # Errors
-    /// If it is unknown, not served now, or the empty name could mean several.
-    pub fn choose(&self, name: &str) -> Result<Model, ApiError> {
+    /// If it is unknown, a stage has no live worker now, or the empty name could mean several.
+    pub fn choose(&self, name: &str, needs: &[WorkerRole]) -> Result<Model, ApiError> {
         self.read(|state| {
-            let names = |served: bool| {
-                let names = state.models.keys().filter(|name| !served || state.is_served(name));
-                names.cloned().collect::<Vec<_>>()
-            };
             if !name.is_empty() {
-                let model = state.models.get(name).ok_or_else(|| {
-                    let known = names(false).join(", ");
-                    ApiError::new(ErrorCode::UnknownModel, format!("no model {name:?}; known are: {known}"))
-                        .field("model")
-                        .limit(known)
-                })?;
-                let missing = match () {
-                    () if state.live(name, WorkerRole::Brain) == 0 => "brain",
-                    () if state.live(name, WorkerRole::Hand) == 0 => "hand",
-                    () => return Ok(model.clone()),
+                let model = state.model(name)?;
+                return match state.missing(name, needs) {
+                    None => Ok(model.clone()),
+                    Some(role) => Err(no_worker(format!("no live {} serves model {name} now", role_name(role)))),
                 };
-                let message = format!("no live {missing} serves model {name} now");
-                return Err(ApiError::new(ErrorCode::NoWorker, message).field("model"));
             }
-            let served = names(true);
+            let served: Vec<_> =
+                state.models.values().filter(|model| state.missing(&model.name, needs).is_none()).collect();
             match served.as_slice() {
-                [only] => Ok(state.models[only].clone()),
-                [] => Err(ApiError::new(ErrorCode::NoWorker, "no model has both a live brain and a live hand now")),
+                [only] => Ok((*only).clone()),
+                [] => {
+                    let needs = needs.iter().map(|role| format!("a live {}", role_name(*role)));
+                    let needs = needs.collect::<Vec<_>>().join(" and ");
+                    Err(ApiError::new(ErrorCode::NoWorker, format!("no model has {needs} now")))
+                }
                 several => {
-                    let offer = several.join(", ");
+                    let offer = several.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ");
                     let message = format!("several models are served; name one of {offer}");
                     Err(ApiError::new(ErrorCode::InvalidField, message).field("model").limit(offer))
                 }
+            }
+        })
+    }
+
+    /// The model whose hand renders a control signal; an empty name stands for the signal's own, or else for any whose hand accepts it.
+    ///
+    /// # Errors
+    /// If it is unknown, its hand accepts another space, or no hand that would do is live now.
+    pub fn choose_hand(&self, name: &str, signal: &Signal) -> Result<Model, ApiError> {
+        self.read(|state| {
+            let space = &signal.space;
+            if name.is_empty() {
+                let accepts = |model: &&Model| model.space == *space && state.live(&model.name, WorkerRole::Hand) > 0;
+                let own = state.models.get(&signal.model).filter(accepts);
+                let any = own.or_else(|| state.models.values().find(accepts)).cloned();
+                return any.ok_or_else(|| no_worker(format!("no live hand accepts the signal's space {space} now")));
+            }
+            let model = state.model(name)?;
+            if model.space != *space {
+                let message =
+                    format!("the signal is of space {space}; the hand of model {name} accepts {}", model.space);
+                let error = ApiError::new(ErrorCode::SpaceMismatch, message);
+                return Err(error.field("model").limit(model.space.clone()));
+            }
+            match state.live(name, WorkerRole::Hand) {
+                0 => Err(no_worker(format!("no live hand serves model {name} now"))),
+                _ => Ok(model.clone()),
             }
         })
     }
@@ -229,6 +263,17 @@ impl Directory {
         self.0.ledger.declare_queues(model).await?;
         self.0.declared.lock().unwrap_or_else(PoisonError::into_inner).insert(pair);
         Ok(())
+    }
+}
+
+fn no_worker(message: String) -> ApiError {
+    ApiError::new(ErrorCode::NoWorker, message).field("model")
+}
+
+fn role_name(role: WorkerRole) -> &'static str {
+    match role {
+        WorkerRole::Hand => "hand",
+        WorkerRole::Brain | WorkerRole::Unspecified => "brain",
     }
 }
 

@@ -1,7 +1,6 @@
 //! `ImageService`: from a request to a durable job, and what clients ask about jobs afterwards.
 
 use std::{
-    collections::BTreeMap,
     sync::Arc,
     time::{Instant, SystemTime},
 };
@@ -9,30 +8,31 @@ use std::{
 use bytes::{Bytes, BytesMut};
 use efferent_bus::{
     Bucket, NewTask, Published,
-    ledger::{Ledger, Outcome, Transition, encode, is_final, transition},
+    ledger::{Ledger, Outcome, Transition, encode, is_final, job_id, transition},
 };
 use efferent_proto::{
     ApiError,
-    internal::{BrainTask, IdempotencyRecord, JobRecord},
+    internal::{BrainTask, IdempotencyRecord, JobRecord, hand_task},
     names, time,
     v1::{
         CancelJobRequest, CancelJobResponse, ErrorCode, GenerateRequest, GetImageRequest, GetJobRequest, Image,
-        ImageChunk, Job, JobEvent, JobState, Quotation, WatchJobRequest, image_service_server::ImageService,
-        job_event::Event,
+        ImageChunk, Job, JobEvent, JobState, Model, Quotation, Signal, WatchJobRequest,
+        image_service_server::ImageService, job_event::Event,
     },
 };
 use efferent_service::{Shutdown, trace};
-use futures::{StreamExt as _, stream::BoxStream};
+use futures::{StreamExt as _, future::try_join_all, stream::BoxStream};
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    directory::Directory,
+    directory::{Directory, WHOLE},
     follow::{self, Tail, Wish},
     quote,
     server::Options,
+    signals,
     tenants::{self, Gate, Stream as Place},
     validate,
 };
@@ -88,7 +88,7 @@ impl Images {
         self.options.default_deadline
     }
 
-    fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+    pub(crate) fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
         if self.shutdown.is_triggered() {
             return Err(ApiError::new(ErrorCode::Stopping, "this coordinator is stopping; ask another one"));
         }
@@ -126,23 +126,29 @@ impl Images {
             }
         }
         let urgent = request.deadline.is_some();
-        let record = self.draft(id.clone(), request)?;
+        let record = self.draft(id.clone(), request).await?;
         if urgent {
             self.check_deadline(&record).await?;
         }
-        let subject = names::job_events(&id);
+        // None if another request with the same key was quicker.
+        let tail = self.begin(record, trace).await?;
+        Ok((id, tail))
+    }
+
+    /// Makes a job durable and its task with it; the job comes back with its events. `None` if there is one of its id.
+    pub(crate) async fn begin(&self, record: JobRecord, trace: &trace::Context) -> Result<Option<Tail>, ApiError> {
+        let subject = names::job_events(job_id(&record));
         let (created, events) = tokio::join!(self.ledger.create_job(&record), self.ledger.bus().subscribe(&subject));
         if !created.map_err(unavailable)? {
-            // Another request with the same key was quicker.
-            return Ok((id, None));
+            return Ok(None);
         }
         let events = events.map_err(unavailable)?;
         match self.publish(&record, trace).await {
             Ok(()) => {
-                tracing::info!(job_id = id, trace_id = trace.trace_id, "accepted");
-                Ok((id, Some(Tail { record, events })))
+                tracing::info!(job_id = job_id(&record), trace_id = trace.trace_id, "accepted");
+                Ok(Some(Tail { record, events }))
             }
-            Err(error) => Err(self.unmake(&id, error).await),
+            Err(error) => Err(self.unmake(&record, error).await),
         }
     }
 
@@ -156,8 +162,7 @@ impl Images {
 
     async fn quotation(&self, request: GenerateRequest) -> Result<Quotation, ApiError> {
         validate::syntax(&request)?;
-        let model = self.directory.choose(&request.model)?;
-        let request = validate::resolve(request, &model, self.options.default_deadline)?;
+        let (request, model) = self.resolve(request).await?;
         self.directory.declare(&model).await.map_err(unavailable)?;
         quote::quote(&self.directory, &request, &model).await
     }
@@ -172,7 +177,7 @@ impl Images {
         let standing = self.ledger.job(id).await.map_err(unavailable)?;
         let mut record = match &standing {
             Some(record) => record.clone(),
-            None => self.draft(id.to_owned(), request)?,
+            None => self.draft(id.to_owned(), request).await?,
         };
         let made = standing.is_none() && self.ledger.create_job(&record).await.map_err(unavailable)?;
         if !made && standing.is_none() {
@@ -183,55 +188,81 @@ impl Images {
         if record.job.as_ref().is_some_and(|job| job.state() == JobState::Accepted)
             && let Err(error) = self.publish(&record, trace).await
         {
-            return Err(if made { self.unmake(id, error).await } else { error });
+            return Err(if made { self.unmake(&record, error).await } else { error });
         }
         Ok(made)
     }
 
+    /// A request with every default filled in, and the model that does it.
+    async fn resolve(&self, request: GenerateRequest) -> Result<(GenerateRequest, Model), ApiError> {
+        if request.signal_id.is_empty() {
+            let model = self.directory.choose(&request.model, &WHOLE)?;
+            return Ok((validate::resolve(request, &model, self.options.default_deadline)?, model));
+        }
+        let signal = signals::find(&self.ledger, &request.signal_id).await?;
+        let model = self.directory.choose_hand(&request.model, &signal)?;
+        let resolved = validate::resolve(request, &model, self.options.default_deadline)?;
+        let Signal { prompt, negative_prompt, .. } = signal;
+        Ok((GenerateRequest { prompt, negative_prompt, ..resolved }, model))
+    }
+
     /// A job that can be accepted now, with every default filled in.
-    pub(crate) fn draft(&self, id: String, request: GenerateRequest) -> Result<JobRecord, ApiError> {
-        let model = self.directory.choose(&request.model)?;
-        let request = validate::resolve(request, &model, self.options.default_deadline)?;
+    pub(crate) async fn draft(&self, id: String, request: GenerateRequest) -> Result<JobRecord, ApiError> {
+        let (request, model) = self.resolve(request).await?;
+        Ok(self.drafted(id, request, model))
+    }
+
+    /// A job of a request that has every default filled in.
+    pub(crate) fn drafted(&self, id: String, request: GenerateRequest, model: Model) -> JobRecord {
         let now = SystemTime::now();
         let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
-        let depth = self.directory.depth(&names::brain_queue(&model.brain, request.lane()));
-        Ok(transition::accepted(id, request, model, now, now + deadline, depth + 1))
+        let depth = self.directory.depth(&first_queue(&request, &model));
+        transition::accepted(id, request, model, now, now + deadline, depth + 1)
     }
 
     /// After a job's task could not be published. If that is certain, the job must not linger. After other errors it may have been
     /// stored: the job stays, and whoever asks for it again finds it. (If nobody does, it expires.)
-    pub(crate) async fn unmake(&self, id: &str, error: ApiError) -> ApiError {
+    pub(crate) async fn unmake(&self, record: &JobRecord, error: ApiError) -> ApiError {
         if error.code == ErrorCode::QueueFull {
-            let _ = self.ledger.bus().delete(Bucket::Jobs, id).await;
+            let _ = self.ledger.bus().delete(Bucket::Jobs, job_id(record)).await;
+            if tasks_are_hands(record) {
+                // There was room for some of them.
+                follow::purge(&self.ledger, record).await;
+            }
         }
         error
     }
 
-    /// Publishes the task of a job. A second time, it is not stored again.
+    /// Publishes the tasks that a job begins with: a brain's, or a hand's for each image if the control signal is there. A second time, they are not
+    /// stored again.
     pub(crate) async fn publish(&self, record: &JobRecord, trace: &trace::Context) -> Result<(), ApiError> {
         let (Some(job), Some(model)) = (&record.job, &record.model) else {
             return Err(ApiError::new(ErrorCode::Internal, "a job record is incomplete"));
         };
         self.directory.declare(model).await.map_err(unavailable)?;
         let request = job.request.clone().unwrap_or_default();
-        let queue = names::brain_queue(&model.brain, request.lane());
-        let task = BrainTask {
-            job_id: job.job_id.clone(),
-            request: Some(request),
-            model: Some(model.clone()),
-            expires_at_ms: job.expires_at.as_ref().map_or(0, |at| time::unix_ms(time::system_time(at))),
-            known: self.ledger.known(&job.job_id),
+        let queue = first_queue(&request, model);
+        let tasks = if tasks_are_hands(record) {
+            let signal = hand_task::Signal::Stored(request.signal_id.clone());
+            self.ledger.hand_tasks(record, &signal, &trace.headers())
+        } else {
+            let task = BrainTask {
+                job_id: job.job_id.clone(),
+                request: Some(request.clone()),
+                model: Some(model.clone()),
+                expires_at_ms: job.expires_at.as_ref().map_or(0, |at| time::unix_ms(time::system_time(at))),
+                known: self.ledger.known(&job.job_id),
+                keep_signal_ms: record.keep_signal_ms,
+            };
+            let (key, job) = (job.job_id.clone(), job.job_id.clone());
+            vec![NewTask { key, job, headers: trace.headers(), payload: encode(&task) }]
         };
-        let task = NewTask {
-            key: job.job_id.clone(),
-            job: job.job_id.clone(),
-            headers: trace.headers(),
-            payload: encode(&task),
-        };
-        let published = self.ledger.bus().publish(&queue, task).await.map_err(unavailable)?;
-        if published == Published::Stored {
-            self.directory.add_task(&queue);
-            self.directory.note(&model.hand, job.request.as_ref().unwrap_or(&GenerateRequest::default()));
+        let published = try_join_all(tasks.into_iter().map(|task| self.ledger.bus().publish(&queue, task)));
+        let stored =
+            published.await.map_err(unavailable)?.into_iter().filter(|each| *each == Published::Stored).count();
+        if stored > 0 {
+            (0..stored).for_each(|_| self.directory.add_task(&queue));
+            self.directory.note(&model.hand, &request);
         }
         Ok(())
     }
@@ -243,12 +274,16 @@ impl Images {
         wish: Wish,
         places: (OwnedSemaphorePermit, Option<Place>),
         existing: bool,
+        span: Option<(trace::Context, SystemTime)>,
     ) -> Events {
         let (sender, receiver) = mpsc::channel(BACKLOG);
-        let following = follow::follow(self.ledger.clone(), id, tail, wish, sender, self.shutdown.clone());
+        let following = follow::follow(self.ledger.clone(), id.clone(), tail, wish, sender, self.shutdown.clone());
         tokio::spawn(async move {
             following.await;
             drop(places);
+            if let Some((trace, began)) = span {
+                trace.tell("Generate", began, SystemTime::now(), &[("efferent.job_id", id)]);
+            }
         });
         let mark = move |event: Result<JobEvent, Status>| {
             event.map(|mut event| {
@@ -310,7 +345,7 @@ impl ImageService for Images {
     type GetImageStream = BoxStream<'static, Result<ImageChunk, Status>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Events>, Status> {
-        let started = Instant::now();
+        let (started, began) = (Instant::now(), SystemTime::now());
         let trace = trace_of(&request);
         let request = request.into_inner();
         let inline_images = request.inline_images;
@@ -321,7 +356,9 @@ impl ImageService for Images {
             let place = self.gate.stream(tenant)?;
             let (id, tail) = self.accept(request, &trace).await?;
             let existing = tail.is_none();
-            Ok(self.stream(id, tail, Wish { after: 0, inline_images }, (permit, Some(place)), existing))
+            trace.child().tell("accept", began, SystemTime::now(), &[("efferent.job_id", id.clone())]);
+            let span = (!existing).then(|| (trace.clone(), began));
+            Ok(self.stream(id, tail, Wish { after: 0, inline_images }, (permit, Some(place)), existing, span))
         };
         count("Generate", started, outcome.await).map(Response::new)
     }
@@ -344,7 +381,7 @@ impl ImageService for Images {
         let outcome = async {
             let permit = self.stream_permit()?;
             self.known_job(&job_id).await?;
-            Ok(self.stream(job_id, None, Wish { after, inline_images }, (permit, None), false))
+            Ok(self.stream(job_id, None, Wish { after, inline_images }, (permit, None), false, None))
         };
         count("WatchJob", started, outcome.await).map(Response::new)
     }
@@ -388,9 +425,20 @@ fn chunks(
     .boxed()
 }
 
-fn trace_of<T>(request: &Request<T>) -> trace::Context {
+/// Whether a job needs no brain.
+fn tasks_are_hands(record: &JobRecord) -> bool {
+    record.job.as_ref().and_then(|job| job.request.as_ref()).is_some_and(|request| !request.signal_id.is_empty())
+}
+
+/// Where a request waits first.
+fn first_queue(request: &GenerateRequest, model: &Model) -> String {
+    match request.signal_id.as_str() {
+        "" => names::brain_queue(&model.brain, request.lane()),
+        _ => names::hand_queue(&model.hand, request.lane()),
+    }
+}
+
+pub(crate) fn trace_of<T>(request: &Request<T>) -> trace::Context {
     let given = request.metadata().get(trace::HEADER).and_then(|value| value.to_str().ok());
-    let headers: BTreeMap<String, String> =
-        given.map(|value| (trace::HEADER.to_owned(), value.to_owned())).into_iter().collect();
-    trace::Context::of(&headers).child()
+    given.and_then(trace::Context::parse).map_or_else(trace::Context::root, |caller| caller.child())
 }

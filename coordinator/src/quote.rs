@@ -96,7 +96,11 @@ pub fn estimate(brain: Stage, hand: Stage, ahead: Ahead, images: f64, units: f64
 /// # Errors
 /// If the bus is unavailable.
 pub async fn quote(directory: &Directory, request: &GenerateRequest, model: &Model) -> Result<Quotation, ApiError> {
-    let (brain, hand) = (directory.stage(WorkerRole::Brain, model), directory.stage(WorkerRole::Hand, model));
+    let (mut brain, hand) = (directory.stage(WorkerRole::Brain, model), directory.stage(WorkerRole::Hand, model));
+    if !request.signal_id.is_empty() {
+        // It passes by the brain.
+        brain.time = Some(StageTime::default());
+    }
     // Batch work waits for interactive work, and not the other way round.
     let lanes = names::LANES.iter().copied().take_while(|lane| *lane != request.lane()).chain([request.lane()]);
     let (images, units) = directory.usual(&model.hand);

@@ -6,7 +6,7 @@ use efferent_bus::ledger::Ledger;
 use efferent_proto::v1::{
     batch_service_server::BatchServiceServer, cluster_service_server::ClusterServiceServer,
     dead_service_server::DeadServiceServer, image_service_server::ImageServiceServer,
-    object_service_server::ObjectServiceServer,
+    object_service_server::ObjectServiceServer, signal_service_server::SignalServiceServer,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use futures::StreamExt as _;
@@ -21,6 +21,7 @@ use crate::{
     directory::Directory,
     images::Images,
     objects::Objects,
+    signals::Signals,
     tenants::{Gate, Tenants},
 };
 
@@ -85,6 +86,7 @@ pub async fn run(
     let measure_interval = options.measure_interval;
     let gate = Gate::new(options.tenants.clone());
     let images = Images::new(ledger.clone(), directory.clone(), gate.clone(), options, shutdown.clone());
+    let signals = Signals::new(ledger.clone(), directory.clone(), images.clone(), gate.clone(), shutdown.clone());
     let batches = Batches::new(ledger.clone(), directory.clone(), images.clone(), gate);
     let objects = Objects::new(ledger.clone());
     let dead = Dead::new(ledger.clone(), images.clone());
@@ -94,6 +96,7 @@ pub async fn run(
     health.set_serving::<BatchServiceServer<Batches>>().await;
     health.set_serving::<ObjectServiceServer<Objects>>().await;
     health.set_serving::<DeadServiceServer<Dead>>().await;
+    health.set_serving::<SignalServiceServer<Signals>>().await;
     health.set_serving::<ClusterServiceServer<Cluster>>().await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
@@ -118,6 +121,7 @@ pub async fn run(
         .add_service(BatchServiceServer::new(batches.clone()))
         .add_service(ObjectServiceServer::new(objects))
         .add_service(DeadServiceServer::new(dead))
+        .add_service(SignalServiceServer::new(signals))
         .add_service(ClusterServiceServer::new(cluster.clone()))
         .serve_with_incoming_shutdown(incoming, shutdown.requested());
     readiness.set(true);

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use efferent_proto::{
-    ApiError, time,
-    v1::{ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size},
+    ApiError, names, time,
+    v1::{EncodeRequest, ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size},
+    work::MAX_DEADLINE,
 };
 
 use crate::tenants;
@@ -13,10 +14,10 @@ use crate::tenants;
 pub const MAX_PROMPT_BYTES: usize = 4096;
 /// Most bytes of an idempotency key.
 pub const MAX_KEY_BYTES: usize = 128;
-/// The longest deadline.
-pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 /// Most images of a request, whatever the model offers.
 pub const MAX_IMAGES: u32 = 16;
+/// How long a control signal is kept whose caller does not say.
+const DEFAULT_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Most steps of a request, whatever the model offers.
 pub const MAX_STEPS: u32 = 150;
 /// Strongest guidance of a request, whatever the model offers.
@@ -39,8 +40,31 @@ fn not_offered(field: &str, offer: impl Into<String>, message: impl Into<String>
 /// # Errors
 /// The first field at fault.
 pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
-    if request.prompt.trim().is_empty() {
-        return Err(invalid("prompt", "prompt is empty"));
+    if request.signal_id.is_empty() {
+        if request.prompt.trim().is_empty() {
+            return Err(invalid("prompt", "prompt is empty"));
+        }
+    } else if !names::is_signal_id(&request.signal_id) {
+        return Err(invalid("signal_id", "signal_id is not the id of a control signal: 64 hexadecimal digits"));
+    } else if !request.prompt.is_empty() {
+        return Err(invalid("prompt", "prompt is given beside signal_id; the signal was made of another one already"));
+    } else if !request.negative_prompt.is_empty() {
+        return Err(invalid(
+            "negative_prompt",
+            "negative_prompt is given beside signal_id; it is in the signal already",
+        ));
+    }
+    if !request.seeds.is_empty() {
+        if request.seeds.len() > MAX_IMAGES as usize {
+            let message = format!("{} seeds are given, over the limit of {MAX_IMAGES}", request.seeds.len());
+            return Err(over("seeds", format!("1..={MAX_IMAGES}"), message));
+        }
+        if request.seed.is_some() {
+            return Err(invalid("seed", "seed is given beside seeds; give one of the two"));
+        }
+        if request.image_count.is_some_and(|count| count as usize != request.seeds.len()) {
+            return Err(invalid("image_count", "image_count differs from the number of seeds; leave it out"));
+        }
     }
     for (field, text) in [("prompt", &request.prompt), ("negative_prompt", &request.negative_prompt)] {
         if text.len() > MAX_PROMPT_BYTES {
@@ -111,7 +135,12 @@ pub fn resolve(
         value => Err(over(field, format!("1..={most}"), format!("{field} is {value}; model {name} takes 1 to {most}"))),
     };
     let steps = within("steps", request.steps.unwrap_or(model.default_steps), model.max_steps.min(MAX_STEPS))?;
-    let images = within("image_count", request.image_count.unwrap_or(1), model.max_image_count.min(MAX_IMAGES))?;
+    let seeds = request.seeds.len() as u32;
+    let (field, images) = match seeds {
+        0 => ("image_count", request.image_count.unwrap_or(1)),
+        seeds => ("seeds", seeds),
+    };
+    let images = within(field, images, model.max_image_count.min(MAX_IMAGES))?;
     let guidance_scale = request.guidance_scale.unwrap_or(model.default_guidance_scale);
     let strongest = model.max_guidance_scale.min(MAX_GUIDANCE);
     if guidance_scale > strongest {
@@ -134,7 +163,14 @@ pub fn resolve(
         image_count: Some(images),
         guidance_scale: Some(guidance_scale),
         // Generators of noise take 32 bits of a seed: a random one with more would pretend to more pictures than there are.
-        seed: Some(request.seed.unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff)),
+        seed: Some(
+            request
+                .seeds
+                .first()
+                .copied()
+                .or(request.seed)
+                .unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff),
+        ),
         deadline: Some(request.deadline.unwrap_or_else(|| time::proto_duration(default_deadline))),
         sampler,
         tenant: tenants::named(&request.tenant)?.to_owned(),
@@ -147,6 +183,29 @@ pub fn resolve(
         resolved.set_lane(Lane::Interactive);
     }
     Ok(resolved)
+}
+
+/// The request for a control signal, as one for pictures: with what no model could take refused.
+///
+/// # Errors
+/// The first field at fault.
+pub fn encoding(request: EncodeRequest, retention: Duration) -> Result<(GenerateRequest, Duration), ApiError> {
+    let keep = match &request.time_to_live {
+        None => DEFAULT_KEEP.min(retention),
+        Some(keep) => match time::duration(keep) {
+            Some(keep) if keep >= Duration::from_millis(1) && keep <= retention => keep,
+            _ => {
+                let limit = format!("0s..={}s", retention.as_secs());
+                let message = format!("time_to_live must be above 0 and at most {} s", retention.as_secs());
+                return Err(over("time_to_live", limit, message));
+            }
+        },
+    };
+    let EncodeRequest { prompt, negative_prompt, model, time_to_live: _, deadline, lane, tenant } = request;
+    let request =
+        GenerateRequest { prompt, negative_prompt, model, deadline, lane, tenant, ..GenerateRequest::default() };
+    syntax(&request)?;
+    Ok((request, keep))
 }
 
 fn size_name(size: &Size) -> String {
@@ -188,6 +247,8 @@ mod tests {
             ("euler", ImageFormat::Png, Lane::Interactive)
         );
         assert!(request.seed.is_some() && request.size.is_some() && request.deadline.is_some());
+        let seeds = check(|r| r.seeds = vec![7, 3]).expect("is fine");
+        assert_eq!((seeds.image_count, seeds.seed), (Some(2), Some(7)));
     }
 
     #[test]
@@ -210,6 +271,11 @@ mod tests {
             (Box::new(|r| r.format = 9), InvalidField, "format", ""),
             (Box::new(|r| r.lane = 9), InvalidField, "lane", ""),
             (Box::new(|r| r.tenant = "Studio 1".to_owned()), InvalidField, "tenant", ""),
+            (Box::new(|r| r.signal_id = "a".repeat(64)), InvalidField, "prompt", ""),
+            (Box::new(|r| r.signal_id = "a".repeat(63)), InvalidField, "signal_id", ""),
+            (Box::new(|r| r.seeds = vec![1; 17]), LimitExceeded, "seeds", "1..=16"),
+            (Box::new(|r| (r.seeds, r.seed) = (vec![1], Some(1))), InvalidField, "seed", ""),
+            (Box::new(|r| (r.seeds, r.image_count) = (vec![1], Some(2))), InvalidField, "image_count", ""),
             (Box::new(|r| r.idempotency_key = "x".repeat(129)), LimitExceeded, "idempotency_key", "0..=128 bytes"),
             (
                 Box::new(|r| r.deadline = Some(time::proto_duration(Duration::ZERO))),

@@ -96,9 +96,11 @@ fn default_retry(code: ErrorCode) -> Option<Duration> {
 pub fn grpc_code(code: ErrorCode) -> Code {
     match code {
         ErrorCode::InvalidField | ErrorCode::LimitExceeded | ErrorCode::NotOffered => Code::InvalidArgument,
-        ErrorCode::UnknownModel | ErrorCode::UnknownJob | ErrorCode::UnknownImage | ErrorCode::UnknownBatch => {
-            Code::NotFound
-        }
+        ErrorCode::UnknownModel
+        | ErrorCode::UnknownJob
+        | ErrorCode::UnknownImage
+        | ErrorCode::UnknownBatch
+        | ErrorCode::UnknownSignal => Code::NotFound,
         ErrorCode::NoWorker | ErrorCode::BusUnavailable | ErrorCode::Stopping => Code::Unavailable,
         ErrorCode::QueueFull
         | ErrorCode::TooManyRequests

@@ -15,6 +15,8 @@ struct Line {
     steps: Option<u32>,
     guidance_scale: Option<f32>,
     seed: Option<u64>,
+    seeds: Vec<u64>,
+    signal_id: String,
     image_count: Option<u32>,
     format: Option<String>,
     sampler: String,
@@ -37,6 +39,8 @@ pub fn parse(line: &str, model: &str) -> Result<GenerateRequest, String> {
         steps: line.steps,
         guidance_scale: line.guidance_scale,
         seed: line.seed,
+        seeds: line.seeds,
+        signal_id: line.signal_id,
         image_count: line.image_count,
         sampler: line.sampler,
         ..GenerateRequest::default()

@@ -54,6 +54,21 @@ pub fn is_job_id(text: &str) -> bool {
     text.len() == 26 && ulid::Ulid::from_string(text).is_ok()
 }
 
+/// True for the id of a control signal: BLAKE3, 64 hex digits.
+pub fn is_signal_id(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+}
+
+/// Key in bucket `signals` of a control signal that is kept for callers.
+pub fn kept_signal_key(signal_id: &str) -> String {
+    format!("kept.{signal_id}")
+}
+
+/// Key in bucket `signals` of what the brains of a cluster know of a prompt, by its hash.
+pub fn shared_signal_key(prompt_hash: &str) -> String {
+    format!("shared.{prompt_hash}")
+}
+
 /// A new job id. Sorts by time of creation.
 pub fn new_job_id() -> String {
     ulid::Ulid::new().to_string()

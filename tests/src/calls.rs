@@ -33,6 +33,7 @@ pub fn kind(event: &JobEvent) -> &'static str {
         Some(Event::Step(_)) => "step",
         Some(Event::Preview(_)) => "preview",
         Some(Event::Image(_)) => "image",
+        Some(Event::Encoded(_)) => "encoded",
         Some(Event::Done(_)) => "done",
         Some(Event::Failed(_)) => "failed",
         Some(Event::Detached(_)) => "detached",

@@ -117,14 +117,16 @@ async fn health_and_reflection_are_served() {
     let answer = answers.into_inner().next().await.expect("an answer").expect("no error");
     let Some(MessageResponse::ListServicesResponse(list)) = answer.message_response else { panic!("{answer:?}") };
     let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-    for wanted in ["efferent.v1.ImageService", "efferent.v1.ClusterService", "grpc.health.v1.Health"] {
+    for wanted in
+        ["efferent.v1.ImageService", "efferent.v1.SignalService", "efferent.v1.ClusterService", "grpc.health.v1.Health"]
+    {
         assert!(names.contains(&wanted), "{names:?}");
     }
 }
 
 #[test]
 fn every_error_keeps_what_it_says_on_the_wire() {
-    for number in 1..=23 {
+    for number in 1..=24 {
         let code = ErrorCode::try_from(number).expect("a code");
         let error = efferent_proto::ApiError::new(code, "why").field("prompt").limit("1..=5");
         let error = error.retry_after(Duration::from_millis(1500));
@@ -132,7 +134,7 @@ fn every_error_keeps_what_it_says_on_the_wire() {
         assert!(!matches!(status.code(), Code::Ok | Code::Unknown), "{code:?}");
         assert_eq!(efferent_proto::ApiError::from(&status), error);
     }
-    assert!(ErrorCode::try_from(24).is_err(), "a new code belongs into this test");
+    assert!(ErrorCode::try_from(25).is_err(), "a new code belongs into this test");
     // What callers sent is repeated in errors, which travel in headers: only so much of it.
     let long =
         efferent_proto::ApiError::new(ErrorCode::UnknownJob, "\u{e9}".repeat(100_000)).limit("x".repeat(100_000));

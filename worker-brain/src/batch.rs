@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
+    time::Instant,
 };
 
 use efferent_worker::{
@@ -10,8 +11,12 @@ use efferent_worker::{
     signal::ControlSignal,
     thread::EngineThread,
 };
+use futures::future::join_all;
 use moka::sync::Cache;
 use prost::Message as _;
+use tokio::sync::Mutex;
+
+use crate::shared::{Found, Shared};
 
 /// A control signal, or why there is none, shared by the tasks that have the same prompt.
 pub type Outcome = Result<Arc<ControlSignal>, Arc<EngineError>>;
@@ -22,21 +27,30 @@ pub struct Encoder {
     engine: EngineThread<dyn Brain>,
     fingerprint: Arc<str>,
     cache: Cache<blake3::Hash, Arc<ControlSignal>>,
+    shared: Option<Shared>,
+    turn: Arc<Mutex<()>>,
 }
 
+/// A request that the cache has no signal for.
+type Miss = (blake3::Hash, EmbedRequest);
+
 impl Encoder {
-    /// A brain with a cache of at most `cache_bytes`.
+    /// A brain with a cache of at most `cache_bytes`, and behind that what it shares with other brains.
     ///
     /// # Errors
     /// If the engine is gone.
-    pub async fn new(engine: EngineThread<dyn Brain>, cache_bytes: u64) -> Result<Self, EngineError> {
+    pub async fn new(
+        engine: EngineThread<dyn Brain>,
+        cache_bytes: u64,
+        shared: Option<Shared>,
+    ) -> Result<Self, EngineError> {
         let fingerprint = engine.run(|brain| brain.fingerprint()).await?.into();
         let weigh = |_: &_, signal: &Arc<ControlSignal>| u32::try_from(signal.encoded_len() + 128).unwrap_or(u32::MAX);
         let cache = Cache::builder().max_capacity(cache_bytes).weigher(weigh).build();
-        Ok(Self { engine, fingerprint, cache })
+        Ok(Self { engine, fingerprint, cache, shared, turn: Arc::default() })
     }
 
-    /// One outcome for each request, in order. Requests that are equal, or cached, cost one forward pass or none.
+    /// One outcome for each request, in order. Requests that are equal, or cached, cost one forward pass or none; with several brains, one in all.
     pub async fn encode(&self, requests: Vec<EmbedRequest>) -> Vec<Outcome> {
         let keys: Vec<_> = requests.iter().map(|request| self.key(request)).collect();
         let mut known: HashMap<blake3::Hash, Outcome> = HashMap::new();
@@ -52,18 +66,89 @@ impl Encoder {
                 misses.push((*key, request));
             }
         }
-        if !misses.is_empty() {
-            let (missed, requests): (Vec<_>, Vec<_>) = misses.into_iter().unzip();
-            for (key, outcome) in missed.into_iter().zip(self.compute(requests).await) {
-                let outcome = outcome.map(Arc::new).map_err(Arc::new);
-                if let Ok(signal) = &outcome {
-                    self.cache.insert(key, signal.clone());
-                }
-                known.insert(key, outcome);
+        for (key, outcome) in self.miss(misses).await {
+            if let Ok(signal) = &outcome {
+                self.cache.insert(key, signal.clone());
             }
+            known.insert(key, outcome);
         }
         let missing = || Err(Arc::new(EngineError::Crashed("the engine left out a prompt of its batch".to_owned())));
         keys.iter().map(|key| known.get(key).cloned().unwrap_or_else(missing)).collect()
+    }
+
+    /// What the cache has not: from the store if another brain has computed it, else computed. Others' passes are waited for after this brain's own, so that no
+    /// two wait for one another.
+    async fn miss(&self, misses: Vec<Miss>) -> Vec<(blake3::Hash, Outcome)> {
+        let Some(shared) = self.shared.as_ref().filter(|shared| shared.is_worthwhile() && !misses.is_empty()) else {
+            return self.compute_all(misses).await;
+        };
+        let mut outcomes = Vec::new();
+        let found = join_all(misses.iter().map(|(key, _)| shared.find(key))).await;
+        let (mut own, mut others) = (Vec::new(), Vec::new());
+        for (miss, found) in misses.into_iter().zip(found) {
+            match found {
+                Found::Signal(signal) => outcomes.push((miss.0, Ok(Arc::new(*signal)))),
+                Found::Elsewhere => others.push(miss),
+                Found::Nothing => own.push(miss),
+            }
+        }
+        let computed = self.compute_all(own).await;
+        for (key, outcome) in &computed {
+            let (shared, key, outcome) = (shared.clone(), *key, outcome.clone());
+            tokio::spawn(async move {
+                match outcome {
+                    Ok(signal) => shared.tell(key, signal).await,
+                    Err(_) => shared.give_up(&key).await,
+                }
+            });
+        }
+        let waited = join_all(others.iter().map(|(key, _)| shared.wait(key))).await;
+        let mut left = Vec::new();
+        for (miss, signal) in others.into_iter().zip(waited) {
+            match signal {
+                Some(signal) => outcomes.push((miss.0, Ok(Arc::new(signal)))),
+                None => left.push(miss),
+            }
+        }
+        metrics::counter!("efferent_signal_cache_total", "result" => "shared").increment(outcomes.len() as u64);
+        outcomes.extend(computed);
+        outcomes.extend(self.compute_all(left).await);
+        outcomes
+    }
+
+    async fn compute_all(&self, misses: Vec<Miss>) -> Vec<(blake3::Hash, Outcome)> {
+        if misses.is_empty() {
+            return Vec::new();
+        }
+        // The engine does one batch after the other anyway. Who waited for it looks whether the one before had the same prompts.
+        let _turn = self.turn.lock().await;
+        let mut outcomes = Vec::new();
+        let (mut keys, mut requests) = (Vec::new(), Vec::new());
+        for (key, request) in misses {
+            match self.cache.get(&key) {
+                Some(signal) => outcomes.push((key, Ok(signal))),
+                None => {
+                    keys.push(key);
+                    requests.push(request);
+                }
+            }
+        }
+        if requests.is_empty() {
+            return outcomes;
+        }
+        let started = Instant::now();
+        let computed = self.compute(requests).await;
+        if let Some(shared) = &self.shared {
+            shared.timed(started.elapsed());
+        }
+        for (key, outcome) in keys.into_iter().zip(computed) {
+            let outcome = outcome.map(Arc::new).map_err(Arc::new);
+            if let Ok(signal) = &outcome {
+                self.cache.insert(key, signal.clone());
+            }
+            outcomes.push((key, outcome));
+        }
+        outcomes
     }
 
     /// Has the engine embed requests. If it panics over several, each gets another try alone, so that only the one at fault fails.
@@ -113,7 +198,7 @@ fn embed(brain: &mut dyn Brain, requests: &[EmbedRequest]) -> Vec<Result<Control
     for group in groups(&lengths, budget) {
         let batch: Vec<_> = group.iter().map(|&(_, index)| requests[index].clone()).collect();
         metrics::histogram!("efferent_brain_batch_size").record(batch.len() as f64);
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         let signals = brain.embed(&batch);
         metrics::histogram!("efferent_brain_embed_seconds").record(started.elapsed().as_secs_f64());
         for (&(_, index), signal) in group.iter().zip(signals) {
@@ -185,7 +270,7 @@ mod tests {
             Ok(Box::new(Fragile { spec, batches: noted.clone() }) as Box<dyn Brain>)
         };
         let engine = EngineThread::start("test", Box::new(factory)).await.expect("starts");
-        (Encoder::new(engine, 1 << 20).await.expect("starts"), batches)
+        (Encoder::new(engine, 1 << 20, None).await.expect("starts"), batches)
     }
 
     fn requests(prompts: &[&str]) -> Vec<EmbedRequest> {

@@ -8,12 +8,13 @@ use std::{
 use bytes::Bytes;
 use efferent_bus::{
     Delivery, NewTask,
-    ledger::{Ledger, Transition, encode, transition},
+    ledger::{Ledger, Transition},
 };
 use efferent_proto::{
-    internal::{BrainTask, HandTask, JobRecord, hand_task},
+    internal::{BrainTask, JobRecord, hand_task},
     names,
-    v1::{Model, WorkerRole},
+    v1::{Model, Signal, WorkerRole},
+    work::MAX_DEADLINE,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
@@ -30,7 +31,10 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::batch::{Encoder, Outcome};
+use crate::{
+    batch::{Encoder, Outcome},
+    shared::Shared,
+};
 
 /// Signals up to this many bytes travel in the task; larger ones wait in the object store.
 const MAX_INLINE: usize = 512 * 1024;
@@ -50,6 +54,9 @@ pub struct Options {
     pub batch_wait: Duration,
     /// Bytes of control signals kept in memory. Default 64 MiB.
     pub cache_bytes: u64,
+    /// How long control signals stay where the other brains of the cluster find them; 0 shares none. Default 1 h.
+    #[serde(with = "humantime_serde")]
+    pub share: Duration,
     /// How long a stop waits for work in hand. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
@@ -61,6 +68,7 @@ impl Default for Options {
             max_prompts: 32,
             batch_wait: Duration::from_millis(3),
             cache_bytes: 64 * 1024 * 1024,
+            share: Duration::from_secs(3600),
             grace: Duration::from_secs(30),
         }
     }
@@ -102,7 +110,6 @@ pub async fn run(
     let model = spec.model.clone();
     ledger.declare_queues(&model).await?;
     let cancellations = Cancellations::listen(ledger.bus()).await?;
-    let encoder = Encoder::new(engine, options.cache_bytes).await?;
     let profile = Profile {
         role: WorkerRole::Brain,
         models: vec![model.clone()],
@@ -111,6 +118,10 @@ pub async fn run(
         simulated: spec.simulated,
     };
     let member = Member::join(ledger.clone(), profile).await?;
+    // Where there is one process, its own cache is the cluster's.
+    let shared = (ledger.bus().kind() != "embedded" && !options.share.is_zero())
+        .then(|| Shared::new(ledger.bus().clone(), member.id().to_owned(), options.share));
+    let encoder = Encoder::new(engine, options.cache_bytes, shared).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, brain = model.brain, "brain is ready");
     let worker = Arc::new(Worker { ledger: ledger.clone(), encoder, member, cancellations });
@@ -241,11 +252,38 @@ impl Worker {
         let settled = match outcome {
             _ if taken.held.is_unwanted() => taken.held.stopped(taken.task.expires_at_ms).await,
             Err(error) => taken.held.failed(&error).await,
+            Ok(signal) if taken.task.keep_signal_ms > 0 => self.keep(taken, &signal).await,
             Ok(signal) => self.publish(taken, &signal).await,
         };
         if let Err(error) = settled {
             tracing::warn!(job_id, %error, "cannot settle a task; it is delivered again");
         }
+    }
+
+    /// Keeps the signal for callers, which is all that the job wants.
+    async fn keep(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
+        let Taken { _in_flight, mut held, task, record: _ } = taken;
+        held.defer_beginning();
+        let keep = Duration::from_millis(task.keep_signal_ms);
+        let encoded = Bytes::from(signal.encode_to_vec());
+        let length = encoded.len() as u64;
+        // A job that is accepted in the signal's last moment may render it for as long as its own deadline allows.
+        let values = Some(keep + MAX_DEADLINE);
+        let signal_id = held.patiently(|| self.ledger.bus().put_object(encoded.clone(), values)).await?;
+        let request = task.request.unwrap_or_default();
+        let kept = Signal {
+            signal_id: signal_id.clone(),
+            model: request.model,
+            space: task.model.unwrap_or_default().space,
+            length,
+            prompt: request.prompt,
+            negative_prompt: request.negative_prompt,
+            ..Signal::default()
+        };
+        held.patiently(|| self.ledger.keep_signal(kept.clone(), keep)).await?;
+        let encoded = Transition::Encoded(signal_id);
+        held.patiently(|| self.ledger.apply(&task.job_id, &encoded)).await?;
+        held.done().await
     }
 
     async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
@@ -262,28 +300,10 @@ impl Worker {
             )
         };
         let request = task.request.clone().unwrap_or_default();
-        let model = task.model.clone().unwrap_or_default();
-        let queue = names::hand_queue(&model.hand, request.lane());
-        let recorded: Vec<u32> = transition::images(&record).map(|image| image.image_index).collect();
-        let images = (0..request.image_count().max(1)).filter(|index| !recorded.contains(index));
-        let headers = held.trace().child().headers();
-        let known = self.ledger.known(&task.job_id);
-        let published = join_all(images.map(|image_index| {
-            let hand_task = HandTask {
-                job_id: task.job_id.clone(),
-                image_index,
-                seed: request.seed().wrapping_add(u64::from(image_index)),
-                request: Some(request.clone()),
-                model: Some(model.clone()),
-                expires_at_ms: task.expires_at_ms,
-                signal: Some(signal.clone()),
-                known: known.clone(),
-            };
-            let key = names::image_key(&task.job_id, image_index);
-            let new = NewTask { key, job: task.job_id.clone(), headers: headers.clone(), payload: encode(&hand_task) };
-            self.publish_when_room(&queue, new, &held)
-        }))
-        .await;
+        let queue = names::hand_queue(&record.model.as_ref().unwrap_or(&Model::default()).hand, request.lane());
+        let headers = held.trace().headers();
+        let tasks = self.ledger.hand_tasks(&record, &signal, &headers);
+        let published = join_all(tasks.into_iter().map(|task| self.publish_when_room(&queue, task, &held))).await;
         published.into_iter().collect::<efferent_bus::Result<Vec<()>>>()?;
         metrics::histogram!("efferent_brain_publish_seconds").record(started.elapsed().as_secs_f64());
         if held.is_unwanted() {

@@ -18,6 +18,7 @@ use efferent_proto::{
     internal::{JobEnded, JobRecord},
     names, time,
     v1::{Batch, BatchState, ErrorCode, Job, JobState, Lane, Model},
+    work,
 };
 use efferent_service::{Shutdown, trace};
 use futures::{StreamExt as _, stream};
@@ -228,11 +229,11 @@ async fn look_ahead(batches: &Batches, active: &mut HashMap<String, Active>, stu
 async fn release(batches: &Batches, batch: &str, head: &Head) -> Result<bool, ApiError> {
     let (id, mut request) = (head.job_id.clone(), head.request.clone());
     request.set_lane(Lane::Batch);
-    request.deadline = Some(time::proto_duration(crate::validate::MAX_DEADLINE));
+    request.deadline = Some(time::proto_duration(work::MAX_DEADLINE));
     (request.preview_interval, request.inline_images) = (0, false);
-    let made = match batches.images.draft(id.clone(), request.clone()) {
+    let made = match batches.images.draft(id.clone(), request.clone()).await {
         Ok(record) => JobRecord { batch_id: batch.to_owned(), ..record },
-        Err(error) if matches!(error.code, ErrorCode::NoWorker) => return Err(error),
+        Err(error) if matches!(error.code, ErrorCode::NoWorker | ErrorCode::BusUnavailable) => return Err(error),
         Err(error) => {
             let now = SystemTime::now();
             let mut record = transition::accepted(id, request, Model::default(), now, now, 0);
@@ -258,7 +259,7 @@ async fn release(batches: &Batches, batch: &str, head: &Head) -> Result<bool, Ap
     };
     match batches.images.publish(&record, &trace::Context::root()).await {
         Ok(()) => Ok(true),
-        Err(error) => Err(batches.images.unmake(&id, error).await),
+        Err(error) => Err(batches.images.unmake(&record, error).await),
     }
 }
 

@@ -15,7 +15,7 @@ use efferent_proto::{
     items, names, time,
     v1::{
         Batch, BatchHeader, BatchState, ErrorCode, GenerateRequest, ItemError, SubmitBatchRequest, SubmitBatchResponse,
-        submit_batch_request::Part,
+        WorkerRole, submit_batch_request::Part,
     },
     work,
 };
@@ -24,6 +24,7 @@ use tonic::Status;
 
 use super::Batches;
 use crate::{
+    directory::WHOLE,
     images::unavailable,
     scale, tenants,
     validate::{self, MAX_KEY_BYTES},
@@ -334,7 +335,8 @@ impl Batches {
         if !item.tenant.is_empty() {
             return Err(invalid("tenant", "an item has no tenant of its own; the batch has one"));
         }
-        let model = match self.directory.choose(&item.model) {
+        let needs = if item.signal_id.is_empty() { &WHOLE[..] } else { &[WorkerRole::Hand] };
+        let model = match self.directory.choose(&item.model, needs) {
             Ok(model) => Some(model),
             // Workers may come later. What the model offers is known since it was first registered.
             Err(error) if error.code == ErrorCode::NoWorker => self.directory.known(&item.model),

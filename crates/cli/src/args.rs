@@ -41,6 +41,11 @@ pub(crate) enum Do {
     ///
     /// Without --server everything happens in this process, on a queue of its own that is gone afterwards. Ctrl-C cancels the job.
     Generate(Generate),
+    /// Have a brain read a prompt, keep its control signal, and print the signal's id, for `generate --signal`
+    Encode(Encode),
+    /// Control signals that are kept
+    #[command(subcommand)]
+    Signal(SignalDo),
     /// Serve: coordinator, brain and hand in one process, until Ctrl-C
     #[cfg(feature = "local")]
     Up,
@@ -104,7 +109,11 @@ pub(crate) enum Do {
 #[derive(Debug, Args)]
 pub(crate) struct Generate {
     /// What to draw, 1 to 4096 bytes of UTF-8.
-    pub(crate) prompt: String,
+    #[arg(required_unless_present = "signal")]
+    pub(crate) prompt: Option<String>,
+    /// Control signal to render instead of a prompt: an id that `efferent encode` printed. Needs --server.
+    #[arg(long, value_name = "ID", conflicts_with_all = ["prompt", "negative"])]
+    pub(crate) signal: Option<String>,
     /// File to write; a folder for the usual name in it; - for stdout. Several images are numbered from 1: apple-1.png, apple-2.png.
     /// Default: a name made of the prompt and the seed, in the current folder.
     #[arg(short, long, value_name = "FILE")]
@@ -121,6 +130,9 @@ pub(crate) struct Generate {
     /// Seed of the noise, a whole number; image number i uses the seed plus i - 1. Default: a random one.
     #[arg(long, value_name = "SEED")]
     pub(crate) seed: Option<u64>,
+    /// A seed for each image: 7,12,99.
+    #[arg(long, value_name = "SEED,...", value_delimiter = ',', conflicts_with_all = ["seed", "count"])]
+    pub(crate) seeds: Vec<u64>,
     /// Images to draw, 1 to 16.
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1)]
     pub(crate) count: u32,
@@ -162,6 +174,47 @@ pub(crate) struct Generate {
     /// Do not show the picture in the terminal.
     #[arg(long)]
     pub(crate) no_show: bool,
+}
+
+/// `efferent encode`.
+#[derive(Debug, Args)]
+pub(crate) struct Encode {
+    /// What will be drawn, 1 to 4096 bytes of UTF-8.
+    pub(crate) prompt: String,
+    /// What to keep out of the picture, for models that offer it.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) negative: Option<String>,
+    /// How long to keep the signal, up to the cluster's retention time (7 days): 2h, 3days. Default: 24h.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) keep: Option<Duration>,
+    /// Time allowed, above 0 and up to 24h. Default: the server's (10m).
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) deadline: Option<Duration>,
+    /// Queue to wait in.
+    #[arg(long, value_enum, default_value_t = LaneName::Interactive)]
+    pub(crate) lane: LaneName,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Commands on control signals.
+#[derive(Debug, Subcommand)]
+pub(crate) enum SignalDo {
+    /// Show what is known of a signal that is kept
+    Show(Signal),
+    /// Forget a signal before its time is over; fine if there is none
+    Drop(Signal),
+}
+
+/// Commands on a control signal.
+#[derive(Debug, Args)]
+pub(crate) struct Signal {
+    /// The signal's id.
+    pub(crate) signal: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 /// `efferent models`.
@@ -253,7 +306,7 @@ pub(crate) enum BatchDo {
 #[derive(Debug, Args)]
 pub(crate) struct BatchSubmit {
     /// One item a line, - for stdin: the prompt itself, or a JSON object with "prompt" and, as wanted, "negative_prompt", "model", "size"
-    /// ("96x96"), "steps", "guidance_scale", "seed", "image_count", "format" (png, jpeg, webp), "sampler".
+    /// ("96x96"), "steps", "guidance_scale", "seed", "seeds", "image_count", "format" (png, jpeg, webp), "sampler", "signal_id" (instead of the prompt).
     pub(crate) file: PathBuf,
     /// Folder for pictures (named after the item's number, from 000000) and results.jsonl, which has a line for each item that ended.
     #[arg(short, long, value_name = "FOLDER", default_value = "results")]

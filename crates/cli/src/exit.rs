@@ -151,6 +151,7 @@ fn exit_of(code: ErrorCode) -> Exit {
         | ErrorCode::UnknownJob
         | ErrorCode::UnknownImage
         | ErrorCode::UnknownBatch
+        | ErrorCode::UnknownSignal
         | ErrorCode::IdempotencyConflict
         | ErrorCode::JobFinished
         | ErrorCode::BatchFinished => Exit::Refused,

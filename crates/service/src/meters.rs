@@ -17,7 +17,10 @@ const COUNTERS: &[Meter] = &[
     ("efferent_tasks_failed_total", "Attempts at tasks that failed, by queue and class"),
     ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
     ("efferent_dead_letters_total", "Jobs that were given up, by the queue of the task at fault and class"),
-    ("efferent_signal_cache_total", "Prompts looked for among the cached control signals, by result (hit or miss)"),
+    (
+        "efferent_signal_cache_total",
+        "Prompts looked for among the cached control signals, by result (hit, miss; shared: missed and had from another brain)",
+    ),
     ("efferent_quota_refusals_total", "Requests refused because a tenant had what it may, by quota"),
     ("efferent_hand_checkpoints_total", "Checkpoints of images that this hand stored"),
     ("efferent_hand_resumes_total", "Images that this hand went on with from a checkpoint"),

@@ -89,10 +89,7 @@ pub fn init(options: &Options, service: &str) -> Result<Telemetry, Error> {
         collector => Some(trace::Exporter::new(collector, service)?),
     };
     let registry = tracing_subscriber::registry().with(lines.with_filter(filter));
-    registry
-        .with(exporter.as_ref().map(trace::Exporter::layer))
-        .try_init()
-        .map_err(|error| Error::Installed(error.to_string()))?;
+    registry.try_init().map_err(|error| Error::Installed(error.to_string()))?;
     Ok(Telemetry { metrics: metrics()?, exporter })
 }
 

@@ -1,15 +1,17 @@
 //! Trace context that travels through queue messages, in the W3C form (`traceparent`), so that the log lines of coordinator, brain
 //! and hand about one request carry one trace id, and so do those of a caller that sends its own.
 //!
-//! [`adopt`] joins a span of `tracing` to a trace. With the cargo feature `otlp` and a collector ([`Exporter`]), such spans are sent
-//! there, and the contexts that travel name them; without, contexts are made up here and lead through the logs all the same.
+//! Each context is a span: a piece of work, or a wait in a queue. With the cargo feature `otlp` and a collector ([`Exporter`]), [`Context::tell`] sends it there when
+//! it is over; without, contexts lead through the logs all the same.
 
 #[cfg(feature = "otlp")]
 mod otlp;
 
 use std::{
+    borrow::Cow,
     collections::BTreeMap,
     hash::{BuildHasher as _, RandomState},
+    time::SystemTime,
 };
 
 /// Name of the header.
@@ -24,6 +26,8 @@ pub struct Context {
     pub span_id: String,
     /// 2 hex digits.
     flags: String,
+    /// The span that this one is a part of, as far as it is known here.
+    parent: Option<String>,
 }
 
 impl Context {
@@ -33,6 +37,7 @@ impl Context {
             trace_id: format!("{:016x}{:016x}", random(), random()),
             span_id: format!("{:016x}", random()),
             flags: "01".to_owned(),
+            parent: None,
         }
     }
 
@@ -50,7 +55,12 @@ impl Context {
             && hex(flags, 2)
             && given(trace_id)
             && given(span_id))
-        .then(|| Self { trace_id: trace_id.to_owned(), span_id: span_id.to_owned(), flags: flags.to_owned() })
+        .then(|| Self {
+            trace_id: trace_id.to_owned(),
+            span_id: span_id.to_owned(),
+            flags: flags.to_owned(),
+            parent: None,
+        })
     }
 
     /// The context in a message's headers.
@@ -63,10 +73,24 @@ impl Context {
         Self::given(headers).unwrap_or_else(Self::root)
     }
 
-    /// A span of the same trace.
+    /// A span that is a part of this one.
     #[must_use]
     pub fn child(&self) -> Self {
-        Self { span_id: format!("{:016x}", random()), ..self.clone() }
+        Self { span_id: format!("{:016x}", random()), parent: Some(self.span_id.clone()), ..self.clone() }
+    }
+
+    /// Sends it to the collector, if there is one: it is over.
+    pub fn tell(
+        &self,
+        name: impl Into<Cow<'static, str>>,
+        began: SystemTime,
+        ended: SystemTime,
+        about: &[(&'static str, String)],
+    ) {
+        #[cfg(feature = "otlp")]
+        otlp::tell(self, name.into(), (began, ended), about);
+        #[cfg(not(feature = "otlp"))]
+        let _ = (name.into(), began, ended, about);
     }
 
     /// A header's value.
@@ -78,18 +102,6 @@ impl Context {
     pub fn headers(&self) -> BTreeMap<String, String> {
         BTreeMap::from([(HEADER.to_owned(), self.value())])
     }
-}
-
-/// Makes a span part of a trace, or the start of one, and returns the context for what the span causes. To be called before the span is
-/// entered.
-pub fn adopt(span: &tracing::Span, parent: Option<&Context>) -> Context {
-    #[cfg(feature = "otlp")]
-    if let Some(context) = otlp::adopt(span, parent) {
-        return context;
-    }
-    // Nothing exports the span, so there is nothing to tell it.
-    let _ = span;
-    parent.map_or_else(Context::root, Context::child)
 }
 
 #[cfg(feature = "otlp")]
@@ -109,11 +121,6 @@ impl Exporter {
     pub fn new(collector: &str, _service: &str) -> Result<Self, crate::telemetry::Error> {
         let why = "this program was built without the cargo feature `otlp`".to_owned();
         Err(crate::telemetry::Error::Exporter { collector: collector.to_owned(), why })
-    }
-
-    /// What feeds it.
-    pub fn layer(&self) -> tracing_subscriber::layer::Identity {
-        match *self {}
     }
 }
 

@@ -2,7 +2,7 @@
 //! what is no longer wanted, try again what may succeed, bury what will not.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant, SystemTime},
 };
@@ -93,7 +93,8 @@ pub struct Held {
     key: String,
     job_id: String,
     attempt: u32,
-    headers: BTreeMap<String, String>,
+    /// The span of the work on it, and when that began.
+    span: (trace::Context, SystemTime),
     lease: Arc<dyn Lease>,
     ledger: Ledger,
     worker_id: String,
@@ -143,7 +144,10 @@ pub async fn admit(
     beginning: Transition,
 ) -> efferent_bus::Result<Admission> {
     let Delivery { queue, key, job, attempt, headers, payload: _, lease, published_at } = delivery;
-    let waited = SystemTime::now().duration_since(published_at).unwrap_or_default();
+    let now = SystemTime::now();
+    let waited = now.duration_since(published_at).unwrap_or_default();
+    let trace = trace::Context::of(&headers);
+    trace.child().tell(format!("wait in {queue}"), published_at, now, &[]);
     metrics::histogram!("efferent_queue_wait_seconds", "queue" => queue.clone()).record(waited.as_secs_f64());
     if attempt > 1 {
         metrics::counter!("efferent_redeliveries_total", "queue" => queue.clone()).increment(1);
@@ -159,7 +163,7 @@ pub async fn admit(
         key,
         job_id: job,
         attempt,
-        headers,
+        span: (trace.child(), now),
         lease,
         ledger,
         worker_id,
@@ -207,9 +211,9 @@ impl Held {
         self.attempt
     }
 
-    /// Where it belongs in a trace.
-    pub fn trace(&self) -> trace::Context {
-        trace::Context::of(&self.headers)
+    /// Where what it causes belongs in a trace.
+    pub fn trace(&self) -> &trace::Context {
+        &self.span.0
     }
 
     /// Whether its beginning is written.
@@ -390,6 +394,15 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
+        let (span, began) = &self.span;
+        let stage = self.queue.split('.').next().unwrap_or_default().to_owned();
+        let about = [
+            ("efferent.job_id", self.job_id.clone()),
+            ("efferent.task", self.key.clone()),
+            ("efferent.attempt", self.attempt.to_string()),
+            ("efferent.worker_id", self.worker_id.clone()),
+        ];
+        span.tell(stage, *began, SystemTime::now(), &about);
         self.keeper.abort();
         self.cancellations.remove(&self.job_id, &self.token);
     }

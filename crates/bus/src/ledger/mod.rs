@@ -1,11 +1,12 @@
 //! Jobs, results, workers and models as typed records on top of a bus.
 //!
 //! [`transition`] is the pure part: what may follow what in a job's life; [`attempts`] how often a task may fail in which way. This file does the
-//! reading, comparing and swapping; [`batches`] keeps many requests that were submitted together, [`dead`] jobs that were given up.
+//! reading, comparing and swapping; [`batches`] keeps many requests that were submitted together, [`dead`] jobs that were given up, [`signals`] control signals.
 
 pub mod attempts;
 pub mod batches;
 pub mod dead;
+pub mod signals;
 pub mod transition;
 
 use std::{

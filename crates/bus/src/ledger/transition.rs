@@ -6,8 +6,8 @@ use efferent_proto::{
     internal::JobRecord,
     time,
     v1::{
-        Attempt, Conditioning, Done, Error, Failed, GenerateRequest, Image, Job, JobEvent, JobState, Model, Queued,
-        Rendering, job_event::Event,
+        Attempt, Conditioning, Done, Encoded, Error, Failed, GenerateRequest, Image, Job, JobEvent, JobState, Model,
+        Queued, Rendering, job_event::Event,
     },
 };
 
@@ -28,6 +28,8 @@ pub enum Transition {
     },
     /// One of its images is recorded. With the last one, the job has succeeded.
     Image(Image),
+    /// Its control signal is kept under this id, which is all that it was to do.
+    Encoded(String),
     /// One of its tasks, delivered before, is begun again.
     Begun(Attempt),
     /// An attempt at one of its tasks has ended, and not well.
@@ -117,11 +119,15 @@ pub fn apply(record: &mut JobRecord, transition: &Transition, now: SystemTime) -
                 .and_then(|job| job.request.as_ref())
                 .map_or(1, |request| request.image_count().max(1));
             if images(record).count() as u64 >= u64::from(wanted) {
-                let started =
-                    record.job.as_ref().and_then(|job| job.created_at.as_ref()).map_or(now, time::system_time);
-                let total_time = Some(time::proto_duration(now.duration_since(started).unwrap_or_default()));
-                append(record, JobState::Succeeded, Event::Done(Done { image_count: wanted, total_time }), now);
+                succeed(record, wanted, now);
             }
+        }
+        Transition::Encoded(signal_id) => {
+            append(record, state, Event::Encoded(Encoded { signal_id: signal_id.clone() }), now);
+            if let Some(job) = &mut record.job {
+                job.signal_id.clone_from(signal_id);
+            }
+            succeed(record, 0, now);
         }
         Transition::Begun(attempt) => attempts::begin(record, attempt, now),
         Transition::Missed(attempt) => attempts::end(record, attempt, now),
@@ -149,6 +155,12 @@ pub fn public_job(record: &JobRecord) -> Job {
     job.images = images(record).cloned().collect();
     job.images.sort_by_key(|image| image.image_index);
     job
+}
+
+fn succeed(record: &mut JobRecord, image_count: u32, now: SystemTime) {
+    let started = record.job.as_ref().and_then(|job| job.created_at.as_ref()).map_or(now, time::system_time);
+    let total_time = Some(time::proto_duration(now.duration_since(started).unwrap_or_default()));
+    append(record, JobState::Succeeded, Event::Done(Done { image_count, total_time }), now);
 }
 
 fn append(record: &mut JobRecord, state: JobState, event: Event, now: SystemTime) {
@@ -198,6 +210,14 @@ mod tests {
         assert!(job.finished_at.is_some());
         assert!(record.log.iter().zip(1..).all(|(event, number)| event.number == number), "numbers have no gaps");
         assert_eq!(job.last_event, record.log.len() as u64);
+    }
+
+    #[test]
+    fn a_job_that_only_encodes_ends_with_its_signal() {
+        let mut record = job(1);
+        assert_eq!(run(&mut record, &[Transition::Encoded("id".to_owned()), image(0)]), [true, false]);
+        let job = public_job(&record);
+        assert_eq!((job.state(), job.signal_id.as_str(), job.images.len()), (JobState::Succeeded, "id", 0));
     }
 
     #[test]

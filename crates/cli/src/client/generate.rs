@@ -23,7 +23,9 @@ pub(crate) fn request(args: &args::Generate, settings: &settings::Client, plan: 
     // A key of our own makes it safe to send the request again when an answer is lost.
     let key = args.idempotency_key.clone().unwrap_or_else(|| format!("cli-{}", names::new_job_id()));
     let mut request = GenerateRequest {
-        prompt: args.prompt.clone(),
+        prompt: args.prompt.clone().unwrap_or_default(),
+        signal_id: args.signal.clone().unwrap_or_default(),
+        seeds: args.seeds.clone(),
         negative_prompt: args.negative.clone().unwrap_or_default(),
         model: settings.model.clone(),
         tenant: settings.tenant.clone(),
@@ -31,7 +33,7 @@ pub(crate) fn request(args: &args::Generate, settings: &settings::Client, plan: 
         steps: args.steps,
         guidance_scale: args.guidance,
         seed: args.seed,
-        image_count: Some(args.count),
+        image_count: Some(args.count).filter(|_| args.seeds.is_empty()),
         idempotency_key: key,
         deadline: args.deadline.map(time::proto_duration),
         preview_interval: args.preview_interval,

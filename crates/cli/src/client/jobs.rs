@@ -64,6 +64,7 @@ fn describe(event: &JobEvent) -> String {
         Some(Event::Image(image)) => {
             format!("image {}: {} bytes, seed {}", image.image_index, image.length, image.seed)
         }
+        Some(Event::Encoded(encoded)) => format!("the control signal is kept as {}", encoded.signal_id),
         Some(Event::Done(done)) => format!("done: {} images", done.image_count),
         Some(Event::Failed(failed)) => json::state(failed.state()).to_string(),
         Some(Event::Detached(_)) | None => "an event that this version does not know".to_owned(),

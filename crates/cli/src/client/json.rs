@@ -6,7 +6,7 @@ use efferent_proto::{
     time,
     v1::{
         Error, ErrorCode, GenerateRequest, GetStatusResponse, Image, ImageFormat, Job, JobEvent, JobState, Lane, Model,
-        Quotation, Size, Worker, WorkerRole, WorkerState, job_event::Event,
+        Quotation, Signal, Size, Worker, WorkerRole, WorkerState, job_event::Event,
     },
 };
 use serde_json::{Map, Value, json};
@@ -68,6 +68,22 @@ pub(crate) fn request(request: &GenerateRequest) -> Value {
         "lane": short(Lane::as_str_name(&request.lane()), "LANE_"),
         "preview_interval": request.preview_interval,
         "sampler": request.sampler,
+        "signal_id": Some(&request.signal_id).filter(|id| !id.is_empty()),
+        "seeds": Some(&request.seeds).filter(|seeds| !seeds.is_empty()),
+    })
+}
+
+/// What is known of a control signal.
+pub(crate) fn signal(signal: &Signal) -> Value {
+    json!({
+        "signal_id": signal.signal_id,
+        "model": signal.model,
+        "space": signal.space,
+        "length": signal.length,
+        "prompt": signal.prompt,
+        "negative_prompt": signal.negative_prompt,
+        "created_at_ms": ms(signal.created_at.as_ref()),
+        "expires_at_ms": ms(signal.expires_at.as_ref()),
     })
 }
 
@@ -129,6 +145,7 @@ pub(crate) fn event(event: &JobEvent, path: Option<&Path>) -> Value {
             fields["path"] = json!(path.map(|path| path.display().to_string()));
             ("image", fields)
         }
+        Some(Event::Encoded(encoded)) => ("encoded", json!({ "signal_id": encoded.signal_id })),
         Some(Event::Done(done)) => {
             ("done", json!({ "image_count": done.image_count, "total_seconds": seconds(done.total_time.as_ref()) }))
         }

@@ -77,7 +77,7 @@ impl Progress {
                 self.drawing();
             }
             Some(Event::Done(_) | Event::Failed(_)) => self.clear(),
-            Some(Event::Detached(_)) | None => {}
+            Some(Event::Encoded(_) | Event::Detached(_)) | None => {}
         }
     }
 

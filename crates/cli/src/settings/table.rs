@@ -161,8 +161,7 @@ const LOCAL: &[Setting] = &[
         "log.otlp",
         "otlp",
         "URL",
-        "OpenTelemetry collector that gets traces (OTLP over gRPC, http://HOST:4317). None if not given. Needs a build with \
-         --features otlp",
+        "OpenTelemetry collector that gets traces (OTLP over gRPC, http://HOST:4317). None if not given",
     ),
     setting(
         Group::Weights,
@@ -299,6 +298,13 @@ const LOCAL: &[Setting] = &[
         "cache-bytes",
         "BYTES",
         "Bytes of control signals that a brain keeps in memory",
+    ),
+    setting(
+        Group::Brain,
+        "brain.share",
+        "share",
+        "TIME",
+        "How long control signals stay where the other brains of the cluster find them; 0 shares none",
     ),
     setting(
         Group::Brain,

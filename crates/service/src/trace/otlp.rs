@@ -1,32 +1,32 @@
 //! Spans of ours to a collector of OpenTelemetry.
 
+use std::{borrow::Cow, sync::OnceLock, time::SystemTime};
+
 use opentelemetry::{
-    Context as OtelContext,
-    trace::{SpanContext, SpanId, TraceContextExt as _, TraceFlags, TraceId, TraceState, TracerProvider as _},
+    InstrumentationScope, KeyValue,
+    trace::{SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState},
 };
 use opentelemetry_otlp::{SpanExporter, WithExportConfig as _};
-use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
-use tracing::Span;
-use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-use tracing_subscriber::{
-    Layer,
-    filter::{LevelFilter, Targets},
-    registry::LookupSpan,
+use opentelemetry_sdk::{
+    Resource,
+    trace::{BatchSpanProcessor, SpanData, SpanEvents, SpanLinks, SpanProcessor as _},
 };
 
 use super::Context;
 use crate::telemetry::Error;
 
+static PROCESSOR: OnceLock<BatchSpanProcessor> = OnceLock::new();
+
 /// What sends spans to a collector, in batches, from a thread of its own. Dropping it sends those that wait.
 #[derive(Debug)]
-pub struct Exporter(SdkTracerProvider);
+pub struct Exporter(());
 
 impl Exporter {
-    /// An exporter that tells the collector that the spans are those of `service`. Needs a runtime around it. The collector need not
+    /// An exporter that tells the collector that the spans are those of `service`. Once a process, with a runtime around it. The collector need not
     /// be there: spans that cannot be sent are dropped.
     ///
     /// # Errors
-    /// If the address is malformed.
+    /// If the address is malformed, or there is an exporter.
     pub fn new(collector: &str, service: &str) -> Result<Self, Error> {
         let fault = |why: String| Error::Exporter { collector: collector.to_owned(), why };
         if tokio::runtime::Handle::try_current().is_err() {
@@ -34,44 +34,50 @@ impl Exporter {
         }
         let exporter = SpanExporter::builder().with_tonic().with_endpoint(collector).build();
         let exporter = exporter.map_err(|error| fault(error.to_string()))?;
-        let resource = Resource::builder().with_service_name(service.to_owned()).build();
-        Ok(Self(SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build()))
-    }
-
-    /// What feeds it: spans of our crates from `info` up, whatever is logged.
-    pub fn layer<S>(&self) -> impl Layer<S> + Send + Sync + use<S>
-    where
-        S: tracing::Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
-    {
-        // Not of the libraries: the exporter's own calls would be exported, and so on.
-        let ours = Targets::new().with_target("efferent", LevelFilter::INFO);
-        tracing_opentelemetry::layer().with_tracer(self.0.tracer("efferent")).with_filter(ours)
+        let mut processor = BatchSpanProcessor::builder(exporter).build();
+        processor.set_resource(&Resource::builder().with_service_name(service.to_owned()).build());
+        PROCESSOR.set(processor).map_err(|_| fault("spans of this process are exported already".to_owned()))?;
+        Ok(Self(()))
     }
 }
 
 impl Drop for Exporter {
     fn drop(&mut self) {
-        if let Err(error) = self.0.shutdown() {
+        if let Some(Err(error)) = PROCESSOR.get().map(|processor| processor.shutdown()) {
             tracing::warn!(%error, "the last spans could not be exported");
         }
     }
 }
 
-/// See [`super::adopt`]; `None` if nothing exports the span.
-pub(super) fn adopt(span: &Span, parent: Option<&Context>) -> Option<Context> {
-    if let Some(parent) = parent {
-        let trace_id = TraceId::from_hex(&parent.trace_id).ok()?;
-        let span_id = SpanId::from_hex(&parent.span_id).ok()?;
-        let flags = TraceFlags::new(u8::from_str_radix(&parent.flags, 16).ok()?);
-        let remote = SpanContext::new(trace_id, span_id, flags, true, TraceState::default());
-        // Fails if there is no exporter, which is told below.
-        let _ = span.set_parent(OtelContext::new().with_remote_span_context(remote));
+/// See [`Context::tell`].
+pub(super) fn tell(
+    context: &Context,
+    name: Cow<'static, str>,
+    times: (SystemTime, SystemTime),
+    about: &[(&'static str, String)],
+) {
+    let Some(processor) = PROCESSOR.get() else { return };
+    let span_id = |text: &str| SpanId::from_hex(text).unwrap_or(SpanId::INVALID);
+    let flags = TraceFlags::new(u8::from_str_radix(&context.flags, 16).unwrap_or(0));
+    if !flags.is_sampled() {
+        return;
     }
-    let context = span.context();
-    let made = context.span().span_context().clone();
-    made.is_valid().then(|| Context {
-        trace_id: made.trace_id().to_string(),
-        span_id: made.span_id().to_string(),
-        flags: format!("{:02x}", made.trace_flags().to_u8()),
-    })
+    let trace_id = TraceId::from_hex(&context.trace_id).unwrap_or(TraceId::INVALID);
+    processor.on_end(SpanData {
+        span_context: SpanContext::new(trace_id, span_id(&context.span_id), flags, false, TraceState::default()),
+        parent_span_id: context.parent.as_deref().map_or(SpanId::INVALID, span_id),
+        parent_span_is_remote: true,
+        span_kind: SpanKind::Internal,
+        name,
+        start_time: times.0,
+        end_time: times.1,
+        attributes: about.iter().map(|(key, value)| KeyValue::new(*key, value.clone())).collect(),
+        dropped_attributes_count: 0,
+        events: SpanEvents::default(),
+        links: SpanLinks::default(),
+        status: Status::Unset,
+        instrumentation_scope: InstrumentationScope::builder("efferent")
+            .with_version(env!("CARGO_PKG_VERSION"))
+            .build(),
+    });
 }
