@@ -148,8 +148,7 @@ impl Cluster {
         let (shutdown, readiness) = (Shutdown::new(), Readiness::default());
         let options = efferent_brain::Options { grace: Duration::from_secs(5), ..Default::default() };
         let ledger = self.ledger.clone();
-        let service =
-            efferent_brain::run(options, factory, vec!["cpu".to_owned()], ledger, readiness.clone(), shutdown.clone());
+        let service = efferent_brain::run(options, factory, Vec::new(), ledger, readiness.clone(), shutdown.clone());
         let service = Service::start(shutdown, readiness, service).await;
         self.settled().await;
         service
@@ -160,8 +159,7 @@ impl Cluster {
         let (shutdown, readiness) = (Shutdown::new(), Readiness::default());
         let options = efferent_hand::Options { grace: Duration::from_secs(5), ..Default::default() };
         let ledger = self.ledger.clone();
-        let service =
-            efferent_hand::run(options, factory, vec!["cpu".to_owned()], ledger, readiness.clone(), shutdown.clone());
+        let service = efferent_hand::run(options, factory, Vec::new(), ledger, readiness.clone(), shutdown.clone());
         let service = Service::start(shutdown, readiness, service).await;
         self.settled().await;
         service

@@ -13,7 +13,7 @@ use efferent_bus::{
 use efferent_proto::{
     internal::{BrainTask, HandTask, JobRecord, hand_task},
     names,
-    v1::{Model, WorkerRole},
+    v1::{Device, Model, WorkerRole},
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
@@ -92,7 +92,7 @@ struct Worker {
 pub async fn run(
     options: Options,
     factory: Factory<dyn Brain>,
-    devices: Vec<String>,
+    devices: Vec<Device>,
     ledger: Ledger,
     readiness: Readiness,
     shutdown: Shutdown,

@@ -16,7 +16,9 @@ use efferent_proto::{
     ApiError,
     internal::{ControlSignal, HandTask, hand_task},
     names, time,
-    v1::{ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event},
+    v1::{
+        Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event,
+    },
     work,
 };
 use efferent_service::{Shutdown, admin::Readiness};
@@ -129,14 +131,14 @@ enum Ending {
 pub async fn run(
     options: Options,
     factory: Factory<dyn Hand>,
-    devices: Vec<String>,
+    devices: Vec<Device>,
     ledger: Ledger,
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
     let rules = Rules {
         profile: Some(options.profile).filter(|path| !path.as_os_str().is_empty()),
-        device: devices.join(","),
+        device: devices.iter().map(|device| device.device.as_str()).collect::<Vec<_>>().join(","),
         checkpoint_after: options.checkpoint_after,
         checkpoint_interval: options.checkpoint_interval,
     };

@@ -53,6 +53,9 @@ pub(crate) enum Do {
     /// Serve a hand alone, joined to the others over NATS
     #[cfg(feature = "local")]
     Hand,
+    /// List what this host has to compute on, and which workers hold it
+    #[cfg(feature = "local")]
+    Devices(Listing),
     /// List models: those of a server, or without one the model folders on this machine
     Models(Models),
     /// List live workers of a server
@@ -453,15 +456,16 @@ fn groups() -> Vec<(&'static str, &'static [Group])> {
     groups.extend([("generate", [Group::Server, Group::Model].as_slice()), ("models", &[Group::Server])]);
     #[cfg(feature = "local")]
     {
-        use Group::{Admin, Brain, Coordinator, Device, Hand, Model, Queue, Server, Sim, Weights};
+        use Group::{Admin, Brain, Coordinator, Device, Hand, Host, Model, Queue, Server, Sim, Weights};
         groups.extend([
-            ("generate", [Server, Model, Weights, Device, Sim].as_slice()),
-            ("up", &[Model, Weights, Device, Coordinator, Admin, Queue, Brain, Hand, Sim]),
+            ("generate", [Server, Model, Weights, Device, Host, Sim].as_slice()),
+            ("up", &[Model, Weights, Device, Host, Coordinator, Admin, Queue, Brain, Hand, Sim]),
             ("coordinator", &[Coordinator, Admin, Queue]),
-            ("brain", &[Model, Weights, Device, Admin, Queue, Brain, Sim]),
-            ("hand", &[Model, Weights, Device, Admin, Queue, Hand, Sim]),
+            ("brain", &[Model, Weights, Device, Host, Admin, Queue, Brain, Sim]),
+            ("hand", &[Model, Weights, Device, Host, Admin, Queue, Hand, Sim]),
+            ("devices", &[Host]),
             ("models", &[Server, Weights]),
-            ("config", &[Server, Model, Weights, Device, Coordinator, Admin, Queue, Brain, Hand, Sim]),
+            ("config", &[Server, Model, Weights, Device, Host, Coordinator, Admin, Queue, Brain, Hand, Sim]),
         ]);
     }
     groups

@@ -48,7 +48,7 @@ Exit codes:
     1  the job failed, or an internal fault
     2  malformed command line
     3  refused: a field or limit of the request, an unknown model, job or image
-    4  not available now (no server, no worker, queue full): trying again may help
+    4  not available now (no server, no worker, queue full, a device that is held): trying again may help
     5  the job was cancelled
     6  the job's deadline passed
    64  wrong configuration (file, environment, model folder); nothing was started

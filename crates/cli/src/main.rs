@@ -9,7 +9,7 @@
 //! | 1 | the job failed, or an internal fault |
 //! | 2 | malformed command line |
 //! | 3 | refused: a field or limit of the request, an unknown model, job or image |
-//! | 4 | not available now (no server, no worker, queue full): trying again may help |
+//! | 4 | not available now (no server, no worker, queue full, a device that is held): trying again may help |
 //! | 5 | the job was cancelled |
 //! | 6 | the job's deadline passed |
 //! | 64 | wrong configuration; nothing was started |
@@ -73,7 +73,13 @@ fn run(command: &Do, matches: &ArgMatches) -> Result<(), Failure> {
         }
         Do::Ready { address } => client::ready::ask(address),
         Do::Plan(args) => plan::run(args),
+        #[cfg(feature = "local")]
+        Do::Devices(args) => local::devices::list(&settings.local, args.json),
         command => {
+            #[cfg(feature = "local")]
+            if computes(command, &settings) {
+                local::devices::prepare(&settings)?;
+            }
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
             let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, error))?;
             let outcome = runtime.block_on(run_async(command, &settings));
@@ -99,7 +105,8 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         };
         if let Some(role) = role {
             let telemetry = local::telemetry(settings, &format!("efferent-{}", role.name()), "info")?;
-            return serve::run(settings, role, &telemetry).await;
+            let shutdown = serve::signals()?;
+            return serve::run_until(shutdown, settings, role, 1, &telemetry).await;
         }
     }
     #[cfg(feature = "local")]
@@ -160,6 +167,16 @@ async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Fail
     generate::run(Follow::submit(server, request), args, &plan, progress, std::future::pending()).await
 }
 
+/// Whether a command has engines in this process.
+#[cfg(feature = "local")]
+fn computes(command: &Do, settings: &Settings) -> bool {
+    match command {
+        Do::Up | Do::Brain | Do::Hand => true,
+        Do::Generate(args) => args.local || settings.client.server.is_empty(),
+        _ => false,
+    }
+}
+
 /// Whether stdout is for scripts, so that failures must be told there too.
 fn wants_json(command: &Do) -> bool {
     match command {
@@ -168,6 +185,8 @@ fn wants_json(command: &Do) -> bool {
         Do::Plan(args) => args.json,
         #[cfg(feature = "local")]
         Do::Bench(bench::args::Do::Cluster(args)) => args.json,
+        #[cfg(feature = "local")]
+        Do::Devices(args) => args.json,
         Do::Workers(args) | Do::Status(args) => args.json,
         Do::Watch(args) => args.json,
         Do::Job(args) | Do::Cancel(args) => args.json,

@@ -19,6 +19,9 @@ pub(crate) enum Group {
     /// What to compute on.
     #[cfg(feature = "local")]
     Device,
+    /// What a host has to compute on.
+    #[cfg(feature = "local")]
+    Host,
     /// The coordinator's port and habits.
     #[cfg(feature = "local")]
     Coordinator,
@@ -49,6 +52,8 @@ impl Group {
             Self::Process => "Process",
             #[cfg(feature = "local")]
             Self::Weights | Self::Device => "Model",
+            #[cfg(feature = "local")]
+            Self::Host => "Host",
             #[cfg(feature = "local")]
             Self::Coordinator => "Coordinator",
             #[cfg(feature = "local")]
@@ -185,7 +190,22 @@ const LOCAL: &[Setting] = &[
         "device",
         "device",
         "DEVICE",
-        "What to compute on: cpu; cuda:N in builds with --features cuda; metal:N in builds with --features metal",
+        "What to compute on, claimed for this process alone: cpu:0-3 or cpu:0,2 for cores of its own; cuda:0, cuda:GPU-<uuid> or several, \
+         cuda:0,cuda:1, in builds with --features cuda; metal in builds with --features metal; cpu for a processor that is shared",
+    ),
+    setting(
+        Group::Host,
+        "device_locks",
+        "device-locks",
+        "FOLDER",
+        "Where devices are claimed, the same for all workers of a host. If none is given: efferent-devices in the folder for temporary files",
+    ),
+    setting(
+        Group::Host,
+        "inventory",
+        "inventory",
+        "FILE",
+        "What GPUs the host has (JSON, as `efferent devices --json` prints). If none is given, NVIDIA's driver is asked, if there is one",
     ),
     setting(Group::Coordinator, "listen", "listen", "HOST:PORT", "Address of the gRPC port; port 0 picks a free one"),
     setting(
