@@ -53,6 +53,7 @@ impl Engines {
                 jitter,
                 failures: sim.failures.0,
                 crashes: sim.crashes.0,
+                hangs: sim.hangs.0,
                 max_batch: sim.max_batch,
             };
             return Ok(Self { source: Source::Sim { brain, hand }, held });

@@ -105,6 +105,7 @@ impl Services {
         let exit = |error: &_| match error {
             efferent_brain::Error::Engine(_) => Exit::Config,
             efferent_brain::Error::Bus(error) => bus_exit(error),
+            efferent_brain::Error::Hang(_) => Exit::Hung,
         };
         self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
     }
@@ -118,6 +119,7 @@ impl Services {
         let exit = |error: &_| match error {
             efferent_hand::Error::Engine(_) => Exit::Config,
             efferent_hand::Error::Bus(error) => bus_exit(error),
+            efferent_hand::Error::Hang(_) => Exit::Hung,
         };
         self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
     }

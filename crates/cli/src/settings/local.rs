@@ -146,6 +146,7 @@ pub(crate) struct Sim {
     pub(crate) jitter: Share,
     pub(crate) failures: Share,
     pub(crate) crashes: Share,
+    pub(crate) hangs: Share,
     pub(crate) max_batch: usize,
 }
 
@@ -160,6 +161,7 @@ impl Default for Sim {
             jitter: Share::default(),
             failures: Share::default(),
             crashes: Share::default(),
+            hangs: Share::default(),
             max_batch: 8,
         }
     }

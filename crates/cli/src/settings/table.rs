@@ -328,6 +328,13 @@ const LOCAL: &[Setting] = &[
         "How long a brain that is told to stop waits for work in hand",
     ),
     setting(
+        Group::Brain,
+        "brain.step_timeout",
+        "brain-step-timeout",
+        "TIME",
+        "How long a brain may take for a batch; after that it counts as hung, and its process ends with code 70. 0s for as long as it likes",
+    ),
+    setting(
         Group::Hand,
         "hand.max_images",
         "max-images",
@@ -363,6 +370,13 @@ const LOCAL: &[Setting] = &[
         "checkpoint-interval",
         "TIME",
         "How often a hand checkpoints them; 0s for never but at a stop",
+    ),
+    setting(
+        Group::Hand,
+        "hand.step_timeout",
+        "step-timeout",
+        "TIME",
+        "How long a hand may take for a step; after that it counts as hung, and its process ends with code 70. 0s for as long as it likes",
     ),
     setting(Group::Sim, "sim.embed", "sim-embed", "TIME", "Time a simulated brain takes for a batch"),
     setting(Group::Sim, "sim.token", "sim-token", "TIME", "Time a simulated brain takes for a token, on top"),
@@ -402,6 +416,13 @@ const LOCAL: &[Setting] = &[
         "sim-crashes",
         "SHARE",
         "Share, 0 to 1, of attempts at an image over which a simulated hand's engine panics half-way; they are tried again",
+    ),
+    setting(
+        Group::Sim,
+        "sim.hangs",
+        "sim-hangs",
+        "SHARE",
+        "Share, 0 to 1, of attempts at an image over which a simulated hand's engine hangs half-way",
     ),
     setting(Group::Sim, "sim.max_batch", "sim-batch", "N", "Most images a simulated hand steps at once"),
 ];
