@@ -10,7 +10,7 @@ use efferent_proto::{
 };
 
 #[cfg(feature = "local")]
-use crate::bench::args as bench;
+use crate::{bench::args as bench, launch::args as launch};
 use crate::{
     exit,
     settings::{
@@ -49,10 +49,13 @@ pub(crate) enum Do {
     Coordinator,
     /// Serve a brain alone, joined to the others over NATS
     #[cfg(feature = "local")]
-    Brain,
+    Brain(Worker),
     /// Serve a hand alone, joined to the others over NATS
     #[cfg(feature = "local")]
-    Hand,
+    Hand(Worker),
+    /// Run the workers of this host, one process for each, on devices of their own; start them again when they end
+    #[cfg(feature = "local")]
+    Launch(launch::Launch),
     /// List what this host has to compute on, and which workers hold it
     #[cfg(feature = "local")]
     Devices(Listing),
@@ -101,6 +104,15 @@ pub(crate) enum Do {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// `efferent brain` and `efferent hand`.
+#[cfg(feature = "local")]
+#[derive(Debug, Args)]
+pub(crate) struct Worker {
+    /// Stop when the standard input ends: whoever started the worker is gone.
+    #[arg(long, hide = true)]
+    pub(crate) stop_with_input: bool,
 }
 
 /// `efferent generate`.
@@ -463,6 +475,7 @@ fn groups() -> Vec<(&'static str, &'static [Group])> {
             ("coordinator", &[Coordinator, Admin, Queue]),
             ("brain", &[Model, Weights, Device, Host, Admin, Queue, Brain, Sim]),
             ("hand", &[Model, Weights, Device, Host, Admin, Queue, Hand, Sim]),
+            ("launch", launch::GROUPS),
             ("devices", &[Host]),
             ("models", &[Server, Weights]),
             ("config", &[Server, Model, Weights, Device, Host, Coordinator, Admin, Queue, Brain, Hand, Sim]),

@@ -1,7 +1,7 @@
 //! The `efferent` command.
 //!
 //! Read in this order: [`args`] (what can be typed), [`settings`] (defaults, file, environment, flags), [`client`] (asking a server),
-//! [`local`] (serving, and `generate` without a server), [`bench`] (load on clusters of simulated workers), [`plan`], [`exit`] (exit codes and the one line that says why), [`output`].
+//! [`local`] (serving, and `generate` without a server), [`launch`] (the workers of a host), [`bench`] (load on clusters of simulated workers), [`plan`], [`exit`] (exit codes and the one line that says why), [`output`].
 //!
 //! | exit code | meaning |
 //! |---|---|
@@ -26,6 +26,8 @@ mod args;
 mod bench;
 mod client;
 mod exit;
+#[cfg(feature = "local")]
+mod launch;
 #[cfg(feature = "local")]
 mod local;
 mod output;
@@ -100,14 +102,23 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         let role = match command {
             Do::Up => Some(Role::Up),
             Do::Coordinator => Some(Role::Coordinator),
-            Do::Brain => Some(Role::Brain),
-            Do::Hand => Some(Role::Hand),
+            Do::Brain(_) => Some(Role::Brain),
+            Do::Hand(_) => Some(Role::Hand),
             _ => None,
         };
         if let Some(role) = role {
             let telemetry = local::telemetry(settings, &format!("efferent-{}", role.name()), "info")?;
             let shutdown = serve::signals()?;
+            if let Do::Brain(worker) | Do::Hand(worker) = command
+                && worker.stop_with_input
+            {
+                tokio::spawn(serve::end_with_input(shutdown.clone()));
+            }
             return serve::run_until(shutdown, settings, role, 1, &telemetry).await;
+        }
+        if let Do::Launch(args) = command {
+            let _telemetry = local::telemetry(settings, "efferent-launch", "info")?;
+            return launch::run(settings, args).await;
         }
     }
     #[cfg(feature = "local")]
@@ -172,7 +183,7 @@ async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Fail
 #[cfg(feature = "local")]
 fn computes(command: &Do, settings: &Settings) -> bool {
     match command {
-        Do::Up | Do::Brain | Do::Hand => true,
+        Do::Up | Do::Brain(_) | Do::Hand(_) => true,
         Do::Generate(args) => args.local || settings.client.server.is_empty(),
         _ => false,
     }
@@ -186,6 +197,8 @@ fn wants_json(command: &Do) -> bool {
         Do::Plan(args) => args.json,
         #[cfg(feature = "local")]
         Do::Bench(bench::args::Do::Cluster(args)) => args.json,
+        #[cfg(feature = "local")]
+        Do::Launch(args) => args.json,
         #[cfg(feature = "local")]
         Do::Devices(args) => args.json,
         Do::Workers(args) | Do::Status(args) => args.json,
