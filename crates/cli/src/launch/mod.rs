@@ -82,7 +82,9 @@ fn conclude(endings: Vec<Ending>) -> Result<(), Failure> {
         Some(exit) if given_up.len() == endings.len() => {
             Err(Failure::words(*exit, "every worker was given up: what each said of its configuration is above"))
         }
-        _ if killed > 0 => Err(Failure::words(Exit::Failed, format!("{killed} workers did not stop and were killed"))),
+        _ if killed > 0 => {
+            Err(Failure::words(Exit::Failed, format!("workers that did not stop in time and were killed: {killed}")))
+        }
         _ => Ok(()),
     }
 }

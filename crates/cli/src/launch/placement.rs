@@ -135,7 +135,7 @@ impl Placement {
 
     /// For a person.
     pub(crate) fn table(&self) -> String {
-        let mut rows = vec![["WORKER", "DEVICE", "", "ADMIN", "ENVIRONMENT"].map(str::to_owned).to_vec()];
+        let mut rows = vec![["WORKER", "DEVICE", "WHAT", "ADMIN", "ENVIRONMENT"].map(str::to_owned).to_vec()];
         rows.extend(self.workers.iter().map(|worker| {
             let environment: Vec<String> =
                 worker.environment.iter().map(|(name, value)| format!("{name}={value}")).collect();
