@@ -48,7 +48,7 @@ pub(crate) struct Settings {
     #[cfg_attr(not(any(feature = "local", test)), expect(dead_code, reason = "servers warn of them"))]
     pub(crate) strangers: Vec<String>,
     /// What was given by flags, as variables, so that processes that this one starts are told the same.
-    #[cfg_attr(not(any(feature = "local", test)), expect(dead_code, reason = "a client starts no processes"))]
+    #[cfg_attr(not(feature = "local"), expect(dead_code, reason = "a client starts no processes"))]
     pub(crate) flags: Vec<(String, String)>,
     figment: Figment,
 }
