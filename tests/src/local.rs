@@ -12,7 +12,7 @@ use efferent_bus::{
     ledger::{Ledger, Options},
 };
 use efferent_hand::families::sim as hands;
-use efferent_proto::v1::{ListWorkersRequest, WorkerState, cluster_service_client::ClusterServiceClient};
+use efferent_proto::v1::{Device, ListWorkersRequest, WorkerState, cluster_service_client::ClusterServiceClient};
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{Brain, Hand},
@@ -148,8 +148,7 @@ impl Cluster {
         let (shutdown, readiness) = (Shutdown::new(), Readiness::default());
         let options = efferent_brain::Options { grace: Duration::from_secs(5), ..Default::default() };
         let ledger = self.ledger.clone();
-        let service =
-            efferent_brain::run(options, factory, vec!["cpu".to_owned()], ledger, readiness.clone(), shutdown.clone());
+        let service = efferent_brain::run(options, factory, cpu(), ledger, readiness.clone(), shutdown.clone());
         let service = Service::start(shutdown, readiness, service).await;
         self.settled().await;
         service
@@ -160,8 +159,7 @@ impl Cluster {
         let (shutdown, readiness) = (Shutdown::new(), Readiness::default());
         let options = efferent_hand::Options { grace: Duration::from_secs(5), ..Default::default() };
         let ledger = self.ledger.clone();
-        let service =
-            efferent_hand::run(options, factory, vec!["cpu".to_owned()], ledger, readiness.clone(), shutdown.clone());
+        let service = efferent_hand::run(options, factory, cpu(), ledger, readiness.clone(), shutdown.clone());
         let service = Service::start(shutdown, readiness, service).await;
         self.settled().await;
         service
@@ -176,4 +174,9 @@ impl Cluster {
     pub async fn sim_hand(&self, per_step: Duration) -> Service {
         self.hand(hands::factory(hands::Cost { per_step: per_step.into(), max_batch: 4, ..Default::default() })).await
     }
+}
+
+/// What workers of this process say that they compute on.
+fn cpu() -> Vec<Device> {
+    vec![Device { device: "cpu".to_owned(), ..Default::default() }]
 }

@@ -61,14 +61,19 @@ impl Process {
     }
 
     /// Asks it to stop, as Kubernetes does, and waits for its end. Returns whether it reported success.
-    pub fn terminate(mut self) -> bool {
+    pub fn terminate(self) -> bool {
         self.signal("TERM");
+        self.code() == Some(0)
+    }
+
+    /// Waits until it ends by itself. Returns its exit code.
+    pub fn code(mut self) -> Option<i32> {
         let started = std::time::Instant::now();
         loop {
             if let Some(status) = self.child.try_wait().expect("its state") {
-                return status.success();
+                return status.code();
             }
-            assert!(started.elapsed() < PATIENCE, "it does not stop");
+            assert!(started.elapsed() < PATIENCE, "it does not end");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -203,6 +208,13 @@ impl Cluster {
     /// Starts it in a network namespace.
     pub fn role_in(&self, namespace: &str, role: &str) -> Process {
         let started = self.run(&["ip", "netns", "exec", namespace], role, &["--nats", &self.nats_url()]);
+        started.unwrap_or_else(|why| panic!("{why}\n{}", self.log())).0
+    }
+
+    /// Starts `efferent launch ARGS` on the cluster's queue. Its workers need not be ready yet.
+    pub fn launch(&self, args: &[&str]) -> Process {
+        let url = self.nats_url();
+        let started = self.run(&[], "launch", &[&["--nats", &url], args].concat());
         started.unwrap_or_else(|why| panic!("{why}\n{}", self.log())).0
     }
 

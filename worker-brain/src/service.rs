@@ -13,7 +13,7 @@ use efferent_bus::{
 use efferent_proto::{
     internal::{BrainTask, JobRecord, hand_task},
     names,
-    v1::{Model, Signal, WorkerRole},
+    v1::{Device, Model, Signal, WorkerRole},
     work::MAX_DEADLINE,
 };
 use efferent_service::{Shutdown, admin::Readiness};
@@ -24,6 +24,7 @@ use efferent_worker::{
     signal::ControlSignal,
     task::{self, Admission, Cancellations, Held},
     thread::{EngineThread, Factory},
+    watchdog::{Hang, Watchdog},
 };
 use futures::future::join_all;
 use prost::Message as _;
@@ -60,6 +61,9 @@ pub struct Options {
     /// How long a stop waits for work in hand. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
+    /// How long a batch may take before the brain counts as hung; for ever if zero. Default 10 min.
+    #[serde(with = "humantime_serde")]
+    pub step_timeout: Duration,
 }
 
 impl Default for Options {
@@ -70,6 +74,7 @@ impl Default for Options {
             cache_bytes: 64 * 1024 * 1024,
             share: Duration::from_secs(3600),
             grace: Duration::from_secs(30),
+            step_timeout: Duration::from_secs(600),
         }
     }
 }
@@ -83,6 +88,9 @@ pub enum Error {
     /// The bus is unavailable or unfit.
     #[error("cannot join the cluster")]
     Bus(#[from] efferent_bus::Error),
+    /// The engine does not come back. The process must end: its thread cannot be stopped.
+    #[error(transparent)]
+    Hang(#[from] Hang),
 }
 
 #[derive(Debug)]
@@ -96,16 +104,17 @@ struct Worker {
 /// Serves until `shutdown`: loads the brain, registers, works, and at the end finishes what it has.
 ///
 /// # Errors
-/// If the brain cannot be loaded or the bus is unavailable at the start.
+/// If the brain cannot be loaded or the bus is unavailable at the start; if later the engine hangs.
 pub async fn run(
     options: Options,
     factory: Factory<dyn Brain>,
-    devices: Vec<String>,
+    devices: Vec<Device>,
     ledger: Ledger,
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
-    let engine = EngineThread::<dyn Brain>::start("brain", factory).await?;
+    let watchdog = Watchdog::default();
+    let engine = EngineThread::<dyn Brain>::start("brain", watchdog.brain(factory)).await?;
     let spec = engine.run(|brain| brain.spec().clone()).await?;
     let model = spec.model.clone();
     ledger.declare_queues(&model).await?;
@@ -125,7 +134,10 @@ pub async fn run(
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, brain = model.brain, "brain is ready");
     let worker = Arc::new(Worker { ledger: ledger.clone(), encoder, member, cancellations });
-    work(&options, &worker, &model, &shutdown).await;
+    tokio::select! {
+        () = work(&options, &worker, &model, &shutdown) => {}
+        hang = watchdog.hangs(options.step_timeout) => return Err(hang.into()),
+    }
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
     }

@@ -16,7 +16,9 @@ use efferent_proto::{
     ApiError,
     internal::{ControlSignal, HandTask, hand_task},
     names, time,
-    v1::{ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event},
+    v1::{
+        Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event,
+    },
     work,
 };
 use efferent_service::{Shutdown, admin::Readiness};
@@ -26,6 +28,7 @@ use efferent_worker::{
     lifecycle::{Member, Profile},
     task::{self, Admission, BRISK, Cancellations, Held},
     thread::Factory,
+    watchdog::{Hang, Watchdog},
 };
 use futures::future::join_all;
 use image::RgbImage;
@@ -73,6 +76,9 @@ pub struct Options {
     /// How often; never if zero. Default 5 s.
     #[serde(with = "humantime_serde")]
     pub checkpoint_interval: Duration,
+    /// How long a step may take before the hand counts as hung; for ever if zero. Default 10 min.
+    #[serde(with = "humantime_serde")]
+    pub step_timeout: Duration,
 }
 
 impl Default for Options {
@@ -83,6 +89,7 @@ impl Default for Options {
             profile: PathBuf::new(),
             checkpoint_after: Duration::from_secs(10),
             checkpoint_interval: Duration::from_secs(5),
+            step_timeout: Duration::from_secs(600),
         }
     }
 }
@@ -96,6 +103,9 @@ pub enum Error {
     /// The bus is unavailable or unfit.
     #[error("cannot join the cluster")]
     Bus(#[from] efferent_bus::Error),
+    /// The engine does not come back. The process must end: its thread cannot be stopped.
+    #[error(transparent)]
+    Hang(#[from] Hang),
 }
 
 #[derive(Debug)]
@@ -125,22 +135,23 @@ enum Ending {
 /// Serves until `shutdown`: loads the hand, registers, works, and at the end finishes what it has.
 ///
 /// # Errors
-/// If the hand cannot be loaded or the bus is unavailable at the start.
+/// If the hand cannot be loaded or the bus is unavailable at the start; if later the engine hangs.
 pub async fn run(
     options: Options,
     factory: Factory<dyn Hand>,
-    devices: Vec<String>,
+    devices: Vec<Device>,
     ledger: Ledger,
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
     let rules = Rules {
         profile: Some(options.profile).filter(|path| !path.as_os_str().is_empty()),
-        device: devices.join(","),
+        device: devices.iter().map(|device| device.device.as_str()).collect::<Vec<_>>().join(","),
         checkpoint_after: options.checkpoint_after,
         checkpoint_interval: options.checkpoint_interval,
     };
-    let (engine, spec) = EngineLoop::start(factory, rules).await?;
+    let watchdog = Watchdog::default();
+    let (engine, spec) = EngineLoop::start(watchdog.hand(factory), rules).await?;
     let model = spec.model.clone();
     ledger.declare_queues(&model).await?;
     let cancellations = Cancellations::listen(ledger.bus()).await?;
@@ -181,6 +192,7 @@ pub async fn run(
     tokio::select! {
         () = done => {}
         () = out_of_time => {}
+        hang = watchdog.hangs(options.step_timeout) => return Err(hang.into()),
     }
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;

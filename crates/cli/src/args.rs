@@ -10,7 +10,7 @@ use efferent_proto::{
 };
 
 #[cfg(feature = "local")]
-use crate::bench::args as bench;
+use crate::{bench::args as bench, launch::args as launch};
 use crate::{
     exit,
     settings::{
@@ -54,10 +54,16 @@ pub(crate) enum Do {
     Coordinator,
     /// Serve a brain alone, joined to the others over NATS
     #[cfg(feature = "local")]
-    Brain,
+    Brain(Worker),
     /// Serve a hand alone, joined to the others over NATS
     #[cfg(feature = "local")]
-    Hand,
+    Hand(Worker),
+    /// Run the workers of this host, one process for each, on devices of their own; start them again when they end
+    #[cfg(feature = "local")]
+    Launch(launch::Launch),
+    /// List what this host has to compute on, and which workers hold it
+    #[cfg(feature = "local")]
+    Devices(Listing),
     /// List models: those of a server, or without one the model folders on this machine
     Models(Models),
     /// List live workers of a server
@@ -103,6 +109,15 @@ pub(crate) enum Do {
         /// The shell.
         shell: clap_complete::Shell,
     },
+}
+
+/// `efferent brain` and `efferent hand`.
+#[cfg(feature = "local")]
+#[derive(Debug, Args)]
+pub(crate) struct Worker {
+    /// Stop when the standard input ends: whoever started the worker is gone.
+    #[arg(long, hide = true)]
+    pub(crate) stop_with_input: bool,
 }
 
 /// `efferent generate`.
@@ -506,15 +521,17 @@ fn groups() -> Vec<(&'static str, &'static [Group])> {
     groups.extend([("generate", [Group::Server, Group::Model].as_slice()), ("models", &[Group::Server])]);
     #[cfg(feature = "local")]
     {
-        use Group::{Admin, Brain, Coordinator, Device, Hand, Model, Queue, Server, Sim, Weights};
+        use Group::{Admin, Brain, Coordinator, Device, Hand, Host, Model, Queue, Server, Sim, Weights};
         groups.extend([
-            ("generate", [Server, Model, Weights, Device, Sim].as_slice()),
-            ("up", &[Model, Weights, Device, Coordinator, Admin, Queue, Brain, Hand, Sim]),
+            ("generate", [Server, Model, Weights, Device, Host, Sim].as_slice()),
+            ("up", &[Model, Weights, Device, Host, Coordinator, Admin, Queue, Brain, Hand, Sim]),
             ("coordinator", &[Coordinator, Admin, Queue]),
-            ("brain", &[Model, Weights, Device, Admin, Queue, Brain, Sim]),
-            ("hand", &[Model, Weights, Device, Admin, Queue, Hand, Sim]),
+            ("brain", &[Model, Weights, Device, Host, Admin, Queue, Brain, Sim]),
+            ("hand", &[Model, Weights, Device, Host, Admin, Queue, Hand, Sim]),
+            ("launch", launch::GROUPS),
+            ("devices", &[Host]),
             ("models", &[Server, Weights]),
-            ("config", &[Server, Model, Weights, Device, Coordinator, Admin, Queue, Brain, Hand, Sim]),
+            ("config", &[Server, Model, Weights, Device, Host, Coordinator, Admin, Queue, Brain, Hand, Sim]),
         ]);
     }
     groups

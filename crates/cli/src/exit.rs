@@ -35,6 +35,12 @@ pub(crate) enum Exit {
         expect(dead_code, reason = "a client fetches nothing; the table tells of it all the same")
     )]
     Fetch = 69,
+    /// The engine of a worker hung.
+    #[cfg_attr(
+        not(any(feature = "local", test)),
+        expect(dead_code, reason = "a client computes nothing; the table tells of it all the same")
+    )]
+    Hung = 70,
     /// A file cannot be read or written.
     File = 74,
     /// Ctrl-C.
@@ -48,11 +54,12 @@ Exit codes:
     1  the job failed, or an internal fault
     2  malformed command line
     3  refused: a field or limit of the request, an unknown model, job or image
-    4  not available now (no server, no worker, queue full): trying again may help
+    4  not available now (no server, no worker, queue full, a device that is held): trying again may help
     5  the job was cancelled
     6  the job's deadline passed
    64  wrong configuration (file, environment, model folder); nothing was started
    69  the brain's weights could not be fetched
+   70  a worker's engine hung: it is to be started again
    74  a file could not be read or written
   130  Ctrl-C";
 
@@ -230,8 +237,8 @@ mod tests {
 
     #[test]
     fn help_lists_every_code() {
-        use Exit::{Cancelled, Config, Expired, Failed, Fetch, File, Interrupted, Refused, Unavailable, Usage};
-        for exit in [Failed, Usage, Refused, Unavailable, Cancelled, Expired, Config, Fetch, File, Interrupted] {
+        use Exit::{Cancelled, Config, Expired, Failed, Fetch, File, Hung, Interrupted, Refused, Unavailable, Usage};
+        for exit in [Failed, Usage, Refused, Unavailable, Cancelled, Expired, Config, Fetch, Hung, File, Interrupted] {
             assert!(HELP.lines().any(|line| line.trim_start().starts_with(&format!("{}  ", exit as u8))), "{exit:?}");
         }
     }

@@ -1,7 +1,7 @@
 //! The `efferent` command.
 //!
 //! Read in this order: [`args`] (what can be typed), [`settings`] (defaults, file, environment, flags), [`client`] (asking a server),
-//! [`local`] (serving, and `generate` without a server), [`bench`] (load on clusters of simulated workers), [`plan`], [`exit`] (exit codes and the one line that says why), [`output`].
+//! [`local`] (serving, and `generate` without a server), [`launch`] (the workers of a host), [`bench`] (load on clusters of simulated workers), [`plan`], [`exit`] (exit codes and the one line that says why), [`output`].
 //!
 //! | exit code | meaning |
 //! |---|---|
@@ -9,11 +9,12 @@
 //! | 1 | the job failed, or an internal fault |
 //! | 2 | malformed command line |
 //! | 3 | refused: a field or limit of the request, an unknown model, job or image |
-//! | 4 | not available now (no server, no worker, queue full): trying again may help |
+//! | 4 | not available now (no server, no worker, queue full, a device that is held): trying again may help |
 //! | 5 | the job was cancelled |
 //! | 6 | the job's deadline passed |
 //! | 64 | wrong configuration; nothing was started |
 //! | 69 | the brain's weights could not be fetched |
+//! | 70 | a worker's engine hung: it is to be started again |
 //! | 74 | a file could not be read or written |
 //! | 130 | Ctrl-C (in `generate`, the job is cancelled) |
 //!
@@ -25,6 +26,8 @@ mod args;
 mod bench;
 mod client;
 mod exit;
+#[cfg(feature = "local")]
+mod launch;
 #[cfg(feature = "local")]
 mod local;
 mod output;
@@ -75,7 +78,13 @@ fn run(command: &Do, matches: &ArgMatches) -> Result<(), Failure> {
         }
         Do::Ready { address } => client::ready::ask(address),
         Do::Plan(args) => plan::run(args),
+        #[cfg(feature = "local")]
+        Do::Devices(args) => local::devices::list(&settings.local, args.json),
         command => {
+            #[cfg(feature = "local")]
+            if computes(command, &settings) {
+                local::devices::prepare(&settings)?;
+            }
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
             let runtime = runtime.map_err(|error| Failure::new(Exit::Failed, error))?;
             let outcome = runtime.block_on(run_async(command, &settings));
@@ -95,13 +104,23 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
         let role = match command {
             Do::Up => Some(Role::Up),
             Do::Coordinator => Some(Role::Coordinator),
-            Do::Brain => Some(Role::Brain),
-            Do::Hand => Some(Role::Hand),
+            Do::Brain(_) => Some(Role::Brain),
+            Do::Hand(_) => Some(Role::Hand),
             _ => None,
         };
         if let Some(role) = role {
             let telemetry = local::telemetry(settings, &format!("efferent-{}", role.name()), "info")?;
-            return serve::run(settings, role, &telemetry).await;
+            let shutdown = serve::signals()?;
+            if let Do::Brain(worker) | Do::Hand(worker) = command
+                && worker.stop_with_input
+            {
+                tokio::spawn(serve::end_with_input(shutdown.clone()));
+            }
+            return serve::run_until(shutdown, settings, role, 1, &telemetry).await;
+        }
+        if let Do::Launch(args) = command {
+            let _telemetry = local::telemetry(settings, "efferent-launch", "info")?;
+            return launch::run(settings, args).await;
         }
     }
     #[cfg(feature = "local")]
@@ -169,6 +188,16 @@ async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Fail
     generate::run(Follow::submit(server, request), args, &plan, progress, std::future::pending()).await
 }
 
+/// Whether a command has engines in this process.
+#[cfg(feature = "local")]
+fn computes(command: &Do, settings: &Settings) -> bool {
+    match command {
+        Do::Up | Do::Brain(_) | Do::Hand(_) => true,
+        Do::Generate(args) => args.local || settings.client.server.is_empty(),
+        _ => false,
+    }
+}
+
 /// Whether stdout is for scripts, so that failures must be told there too.
 fn wants_json(command: &Do) -> bool {
     match command {
@@ -181,6 +210,10 @@ fn wants_json(command: &Do) -> bool {
         Do::Bench(bench::args::Do::Cluster(args)) => args.json,
         #[cfg(feature = "local")]
         Do::Bench(bench::args::Do::Autoscale(args)) => args.json,
+        #[cfg(feature = "local")]
+        Do::Launch(args) => args.json,
+        #[cfg(feature = "local")]
+        Do::Devices(args) => args.json,
         Do::Workers(args) | Do::Status(args) => args.json,
         Do::Watch(args) => args.json,
         Do::Job(args) | Do::Cancel(args) => args.json,

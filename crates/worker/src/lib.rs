@@ -2,11 +2,13 @@
 //!
 //! Read in this order: [`engine`] (the contract that every brain and hand implements), [`signal`] (the control signal between them),
 //! [`pipeline`] (a model folder: which brain, connector and hand go together), [`weights`] (safetensors and GGUF, checked),
-//! [`nn`] (building blocks of models), [`thread`] (the OS thread that owns an engine), [`intake`] (pulling from lanes), [`task`] (a
+//! [`nn`] (building blocks of models), [`devices`] (what there is to compute on, and that nobody else does), [`thread`] (the OS thread that owns
+//! an engine), [`watchdog`] (that it comes back), [`intake`] (pulling from lanes), [`task`] (a
 //! leased task and its duties), [`lifecycle`] (registration, heartbeat, drain), [`stage_time`] (what work takes), [`sim`] (what simulated engines agree on), [`testing`] (the conformance kit).
 //!
 //! Deliberately absent: any particular model (those are families in the workers), and anything of gRPC.
 
+pub mod devices;
 pub mod engine;
 pub mod intake;
 pub mod lifecycle;
@@ -18,4 +20,5 @@ pub mod stage_time;
 pub mod task;
 pub mod testing;
 pub mod thread;
+pub mod watchdog;
 pub mod weights;

@@ -11,7 +11,7 @@ use std::{
 use efferent_bus::ledger::Ledger;
 use efferent_proto::{
     names, time,
-    v1::{Model, Worker, WorkerRole, WorkerState},
+    v1::{Device, Model, Worker, WorkerRole, WorkerState},
 };
 use tokio::{sync::Notify, task::AbortHandle};
 
@@ -29,7 +29,7 @@ pub struct Profile {
     /// Models it serves a part of.
     pub models: Vec<Model>,
     /// Devices it computes on.
-    pub devices: Vec<String>,
+    pub devices: Vec<Device>,
     /// Most tasks it takes at once.
     pub capacity: u32,
     /// Whether its engine only pretends.
@@ -72,7 +72,8 @@ impl Member {
         let mut worker = Worker {
             id: id.clone(),
             models: profile.models,
-            devices: profile.devices,
+            devices: profile.devices.iter().map(|device| device.device.clone()).collect(),
+            hardware: profile.devices,
             capacity: profile.capacity,
             simulated: profile.simulated,
             host: host(),

@@ -33,6 +33,8 @@ pub struct Cost {
     pub failures: f64,
     /// Share of attempts at an image over which the engine panics half-way.
     pub crashes: f64,
+    /// Share of attempts at an image over which the engine does not come back half-way.
+    pub hangs: f64,
     /// Most samples of a batch; 0 counts as 1.
     pub max_batch: usize,
 }
@@ -62,6 +64,7 @@ enum Fate {
     Picture,
     Failure,
     Crash,
+    Hang,
 }
 
 /// Builds a simulated hand.
@@ -79,6 +82,7 @@ impl Sim {
         match () {
             () if drawn < self.cost.crashes => Fate::Crash,
             () if drawn < self.cost.crashes + self.cost.failures => Fate::Failure,
+            () if drawn < self.cost.crashes + self.cost.failures + self.cost.hangs => Fate::Hang,
             () => Fate::Picture,
         }
     }
@@ -143,6 +147,11 @@ impl Hand for Sim {
             let fate = state(sample)?.fate;
             let half_way = sample.step == sample.steps.div_ceil(2);
             assert!(!(half_way && fate == Fate::Crash), "a simulated crash");
+            if half_way && fate == Fate::Hang {
+                loop {
+                    std::thread::park();
+                }
+            }
             match half_way && fate == Fate::Failure {
                 true => Err(EngineError::Compute { what: "a simulated failure".to_owned(), source: None }),
                 false => Ok(()),

@@ -15,8 +15,6 @@ mod scrape;
 use std::{io, path::Path, time::Duration};
 
 use efferent_proto::v1::{GetStatusRequest, GetStatusResponse};
-use efferent_service::Shutdown;
-use tokio::io::AsyncReadExt as _;
 
 use crate::{
     bench::{
@@ -74,14 +72,8 @@ pub(crate) async fn cluster(settings: &Settings, args: &args::Cluster) -> Result
 pub(crate) async fn part(settings: &Settings, args: &args::Part) -> Result<(), Failure> {
     let telemetry = local::telemetry(settings, "efferent-bench", "warn")?;
     let shutdown = serve::signals()?;
-    tokio::spawn(end_with_input(shutdown.clone()));
+    tokio::spawn(serve::end_with_input(shutdown.clone()));
     serve::run_until(shutdown, settings, args.role.role(), args.copies, &telemetry).await
-}
-
-async fn end_with_input(shutdown: Shutdown) {
-    let (mut input, mut buffer) = (tokio::io::stdin(), [0; 64]);
-    while input.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
-    shutdown.trigger();
 }
 
 async fn measure(cluster: &mut Cluster, args: &args::Cluster, offsets: Option<Vec<f64>>) -> Result<Report, Failure> {

@@ -212,6 +212,13 @@ pub(crate) fn worker(worker: &Worker) -> Value {
         "state": worker_state(worker.state()),
         "models": worker.models.iter().map(|model| &model.name).collect::<Vec<_>>(),
         "devices": worker.devices,
+        "hardware": worker.hardware.iter().map(|device| json!({
+            "device": device.device,
+            "uuid": device.uuid,
+            "name": device.name,
+            "memory_bytes": device.memory_bytes,
+            "cores": device.cores,
+        })).collect::<Vec<_>>(),
         "in_flight": worker.in_flight,
         "capacity": worker.capacity,
         "host": worker.host,

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use candle_core::Device;
 use efferent_brain::families as brains;
 use efferent_hand::families as hands;
 use efferent_worker::{
@@ -14,7 +13,10 @@ use efferent_worker::{
 use crate::{
     client::progress,
     exit::{Exit, Failure},
-    local::{fetch, locate},
+    local::{
+        devices::{self, Held},
+        fetch, locate,
+    },
     output,
     settings::Settings,
 };
@@ -23,9 +25,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Engines {
     source: Source,
-    device: Device,
-    /// As workers tell of it.
-    pub(crate) devices: Vec<String>,
+    held: Held,
 }
 
 #[derive(Debug)]
@@ -35,14 +35,13 @@ enum Source {
 }
 
 impl Engines {
-    /// Finds the model and the device.
+    /// Finds the model, and claims the device as this role.
     ///
     /// # Errors
-    /// If there is no such model, its manifest is malformed, or there is no such device.
-    pub(crate) fn open(settings: &Settings) -> Result<Self, Failure> {
+    /// If there is no such model, its manifest is malformed, or the device is not there or held by another worker.
+    pub(crate) fn open(settings: &Settings, role: &str) -> Result<Self, Failure> {
         let local = &settings.local;
-        let (device, name) = device(&local.device)?;
-        let devices = vec![name];
+        let held = devices::take(local, role)?;
         if settings.client.model == locate::SIM {
             let sim = &local.sim;
             let jitter = sim.jitter.0;
@@ -54,12 +53,13 @@ impl Engines {
                 jitter,
                 failures: sim.failures.0,
                 crashes: sim.crashes.0,
+                hangs: sim.hangs.0,
                 max_batch: sim.max_batch,
             };
-            return Ok(Self { source: Source::Sim { brain, hand }, device, devices });
+            return Ok(Self { source: Source::Sim { brain, hand }, held });
         }
         let pipeline = open(&settings.client.model, &local.models)?;
-        Ok(Self { source: Source::Model(Box::new(pipeline)), device, devices })
+        Ok(Self { source: Source::Model(Box::new(pipeline)), held })
     }
 
     /// The model's name.
@@ -68,6 +68,11 @@ impl Engines {
             Source::Model(pipeline) => pipeline.name(),
             Source::Sim { .. } => locate::SIM,
         }
+    }
+
+    /// What they compute on, as workers tell of it.
+    pub(crate) fn devices(&self) -> Vec<efferent_proto::v1::Device> {
+        self.held.devices.described()
     }
 
     /// Whether they only pretend.
@@ -98,7 +103,7 @@ impl Engines {
     /// Builds the brain.
     pub(crate) fn brain(&self, home: &Path) -> Factory<dyn Brain> {
         match &self.source {
-            Source::Model(pipeline) => brains::factory(pipeline, home, self.device.clone()),
+            Source::Model(pipeline) => brains::factory(pipeline, home, self.held.device.clone()),
             Source::Sim { brain, .. } => brains::sim::factory(*brain),
         }
     }
@@ -106,7 +111,7 @@ impl Engines {
     /// Builds the hand.
     pub(crate) fn hand(&self) -> Factory<dyn Hand> {
         match &self.source {
-            Source::Model(pipeline) => hands::factory(pipeline, self.device.clone()),
+            Source::Model(pipeline) => hands::factory(pipeline, self.held.device.clone()),
             Source::Sim { hand, .. } => hands::sim::factory(hand.clone()),
         }
     }
@@ -142,59 +147,4 @@ pub(crate) fn fetch_weights(pipeline: &Pipeline, settings: &Settings) -> Result<
         output::note(format_args!("fetched the weights of {} to {}", brain.name, target.display()));
     }
     Ok(fetched)
-}
-
-/// A device and its name, `cpu`, `cuda:0` or `metal:0`.
-fn device(text: &str) -> Result<(Device, String), Failure> {
-    let wrong = |why: String| Failure::words(Exit::Config, format!("device {text:?} {why}"));
-    let (kind, number) = text.split_once(':').map_or((text, None), |(kind, number)| (kind, Some(number)));
-    let index = |number: Option<&str>| match number.unwrap_or("0").parse::<usize>() {
-        Ok(index) => Ok(index),
-        Err(_) => Err(wrong(format!("must be numbered: {kind}:0"))),
-    };
-    match (kind, number) {
-        ("cpu", None) => Ok((Device::Cpu, text.to_owned())),
-        ("cpu", Some(_)) => Err(wrong("names cores, which cannot be chosen yet; say cpu".to_owned())),
-        ("cuda", number) => gpu(kind, index(number)?).map_err(wrong),
-        ("metal", number) => gpu(kind, index(number)?).map_err(wrong),
-        _ => Err(wrong("is of no kind that is known: cpu, cuda:0, metal:0".to_owned())),
-    }
-}
-
-fn gpu(kind: &str, index: usize) -> Result<(Device, String), String> {
-    let (built, made) = match kind {
-        "cuda" => (cfg!(feature = "cuda"), Device::new_cuda as fn(usize) -> candle_core::Result<Device>),
-        _ => (cfg!(feature = "metal"), Device::new_metal as fn(usize) -> candle_core::Result<Device>),
-    };
-    if !built {
-        return Err(format!("needs a build with --features {kind}"));
-    }
-    match made(index) {
-        Ok(device) => Ok((device, format!("{kind}:{index}"))),
-        Err(error) => Err(format!("cannot be opened: {error}")),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_device_that_is_not_there_is_refused_with_the_reason() {
-        assert_eq!(device("cpu").unwrap().1, "cpu");
-        for (text, wanted) in [
-            ("cpu:0-1", "cannot be chosen yet"),
-            ("tpu", "of no kind"),
-            ("", "of no kind"),
-            ("cuda:x", "must be numbered"),
-            #[cfg(not(feature = "cuda"))]
-            ("cuda:0", "--features cuda"),
-            #[cfg(not(feature = "metal"))]
-            ("metal", "--features metal"),
-        ] {
-            let Err(Failure::Told { exit, error }) = device(text) else { panic!("{text} is refused") };
-            assert_eq!(exit, Exit::Config);
-            assert!(error.to_string().contains(wanted), "{error}");
-        }
-    }
 }

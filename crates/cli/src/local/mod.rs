@@ -1,9 +1,10 @@
 //! What runs in this process: servers, workers, and `generate` without a server.
 //!
-//! Read in this order: [`locate`] (where model folders are), [`fetch`] (the brain's weights), [`engines`] (from model folder to brain
+//! Read in this order: [`locate`] (where model folders are), [`fetch`] (the brain's weights), [`devices`] (what is computed on), [`engines`] (from model folder to brain
 //! and hand), [`serve`] (`up`, `coordinator`, `brain`, `hand`), [`private`] (`generate` on a queue of its own), [`models`] (the
 //! commands on model folders).
 
+pub(crate) mod devices;
 pub(crate) mod engines;
 pub(crate) mod fetch;
 pub(crate) mod locate;

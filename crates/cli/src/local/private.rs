@@ -31,7 +31,7 @@ pub(crate) async fn run(
     plan: &Plan,
     progress: Progress,
 ) -> Result<(), Failure> {
-    let engines = Arc::new(Engines::open(settings)?);
+    let engines = Arc::new(Engines::open(settings, "generate")?);
     provide_weights(&engines, settings).await?;
     progress.stage("loading the model");
     let fault = |what: &'static str| move |error| Failure::new(Exit::File, anyhow::Error::new(error).context(what));

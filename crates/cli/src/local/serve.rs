@@ -9,6 +9,7 @@ use efferent_service::{
     telemetry::Telemetry,
 };
 use tokio::{
+    io::AsyncReadExt as _,
     net::TcpListener,
     task::{JoinHandle, JoinSet},
 };
@@ -99,11 +100,12 @@ impl Services {
     pub(crate) fn brain(&mut self, settings: &Local, engines: &Engines) {
         let (options, factory) = (settings.brain.clone(), engines.brain(&settings.home));
         let (ledger, shutdown, readiness) = (self.ledger.clone(), self.shutdown.clone(), Readiness::default());
-        let devices = engines.devices.clone();
+        let devices = engines.devices();
         let service = efferent_brain::run(options, factory, devices, ledger, readiness.clone(), shutdown);
         let exit = |error: &_| match error {
             efferent_brain::Error::Engine(_) => Exit::Config,
             efferent_brain::Error::Bus(error) => bus_exit(error),
+            efferent_brain::Error::Hang(_) => Exit::Hung,
         };
         self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
     }
@@ -112,11 +114,12 @@ impl Services {
     pub(crate) fn hand(&mut self, settings: &Local, engines: &Engines) {
         let (options, factory) = (settings.hand.clone(), engines.hand());
         let (ledger, shutdown, readiness) = (self.ledger.clone(), self.shutdown.clone(), Readiness::default());
-        let devices = engines.devices.clone();
+        let devices = engines.devices();
         let service = efferent_hand::run(options, factory, devices, ledger, readiness.clone(), shutdown);
         let exit = |error: &_| match error {
             efferent_hand::Error::Engine(_) => Exit::Config,
             efferent_hand::Error::Bus(error) => bus_exit(error),
+            efferent_hand::Error::Hang(_) => Exit::Hung,
         };
         self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
     }
@@ -186,12 +189,23 @@ pub(crate) fn bus_exit(error: &efferent_bus::Error) -> Exit {
     }
 }
 
-/// Serves until Ctrl-C or SIGTERM.
+/// Refuses to work without a server for the queue.
 ///
 /// # Errors
-/// As [`run_until`], or if signals cannot be listened for.
-pub(crate) async fn run(settings: &Settings, role: Role, telemetry: &Telemetry) -> Result<(), Failure> {
-    run_until(signals()?, settings, role, 1, telemetry).await
+/// If none is named.
+pub(crate) fn needs_queue(local: &Local, what: &str) -> Result<(), Failure> {
+    if !local.nats.url.is_empty() {
+        return Ok(());
+    }
+    let message = format!("{what} needs the queue's server: --nats nats://HOST:4222 (or EFFERENT_NATS)");
+    Err(Failure::words(Exit::Config, message))
+}
+
+/// Gives the stop signal when the input ends, as it does when whoever holds its other end is gone.
+pub(crate) async fn end_with_input(shutdown: Shutdown) {
+    let (mut input, mut buffer) = (tokio::io::stdin(), [0; 64]);
+    while input.read(&mut buffer).await.is_ok_and(|read| read > 0) {}
+    shutdown.trigger();
 }
 
 /// A stop signal that Ctrl-C and SIGTERM give.
@@ -215,13 +229,12 @@ pub(crate) async fn run_until(
     telemetry: &Telemetry,
 ) -> Result<(), Failure> {
     let local = &settings.local;
-    if role != Role::Up && local.nats.url.is_empty() {
-        let message = format!("{} needs the queue's server: --nats nats://HOST:4222 (or EFFERENT_NATS)", role.name());
-        return Err(Failure::words(Exit::Config, message));
+    if role != Role::Up {
+        needs_queue(local, role.name())?;
     }
     let engines = match role {
         Role::Coordinator => None,
-        Role::Up | Role::Brain | Role::Hand => Some(Arc::new(Engines::open(settings)?)),
+        Role::Up | Role::Brain | Role::Hand => Some(Arc::new(Engines::open(settings, role.name())?)),
     };
     if let Some(engines) = engines.as_ref().filter(|_| role.has(Role::Brain)) {
         tokio::select! {

@@ -19,6 +19,8 @@ pub(crate) struct Local {
     pub(crate) offline: bool,
     pub(crate) python: String,
     pub(crate) device: String,
+    pub(crate) device_locks: PathBuf,
+    pub(crate) inventory: PathBuf,
     pub(crate) listen: SocketAddr,
     pub(crate) admin: Admin,
     pub(crate) log: telemetry::Options,
@@ -39,6 +41,8 @@ impl Default for Local {
             offline: false,
             python: "python3".to_owned(),
             device: "cpu".to_owned(),
+            device_locks: PathBuf::new(),
+            inventory: PathBuf::new(),
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
             admin: Admin::Usual,
             log: telemetry::Options { filter: String::new(), ..Default::default() },
@@ -142,6 +146,7 @@ pub(crate) struct Sim {
     pub(crate) jitter: Share,
     pub(crate) failures: Share,
     pub(crate) crashes: Share,
+    pub(crate) hangs: Share,
     pub(crate) max_batch: usize,
 }
 
@@ -156,6 +161,7 @@ impl Default for Sim {
             jitter: Share::default(),
             failures: Share::default(),
             crashes: Share::default(),
+            hangs: Share::default(),
             max_batch: 8,
         }
     }

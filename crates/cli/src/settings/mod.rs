@@ -47,6 +47,9 @@ pub(crate) struct Settings {
     /// Variables that look like settings and are none. A client alone cannot know: they may be a server's.
     #[cfg_attr(not(any(feature = "local", test)), expect(dead_code, reason = "servers warn of them"))]
     pub(crate) strangers: Vec<String>,
+    /// What was given by flags, as variables, so that processes that this one starts are told the same.
+    #[cfg_attr(not(feature = "local"), expect(dead_code, reason = "a client starts no processes"))]
+    pub(crate) flags: Vec<(String, String)>,
     figment: Figment,
 }
 
@@ -135,6 +138,10 @@ pub(crate) fn load(
             None => strangers.push(name),
         }
     }
+    let mut flags = Vec::new();
+    if let Some(path) = named_file(matches) {
+        flags.push((format!("{PREFIX}{}", CONFIG.to_uppercase()), path.display().to_string()));
+    }
     for setting in table::all() {
         let given = |matches: &&&ArgMatches| {
             matches.try_contains_id(setting.key).unwrap_or(false)
@@ -145,6 +152,7 @@ pub(crate) fn load(
         {
             let value = typed(default(setting.key).as_ref(), text);
             figment = figment.merge(layer(format!("flag --{}", setting.flag), setting.key, value));
+            flags.push((setting.variable(), text.clone()));
         }
     }
     if cfg!(feature = "local") {
@@ -155,6 +163,7 @@ pub(crate) fn load(
         #[cfg(feature = "local")]
         local: figment.extract().map_err(malformed)?,
         strangers,
+        flags,
         figment,
     })
 }
@@ -200,15 +209,19 @@ fn defaults() -> Figment {
 
 /// The configuration file: the one that is named, or the user's if there is one.
 fn file(matches: &[&ArgMatches], environment: &[(String, String)]) -> Result<Option<PathBuf>, Error> {
-    let flag = matches.iter().rev().find_map(|matches| matches.try_get_one::<PathBuf>(CONFIG).ok().flatten());
     let variable =
         environment.iter().find(|(name, _)| name == "EFFERENT_CONFIG").map(|(_, value)| PathBuf::from(value));
-    if let Some(path) = flag.cloned().or(variable) {
+    if let Some(path) = named_file(matches).cloned().or(variable) {
         // Opened here because a missing file would count as an empty one.
         std::fs::File::open(&path).map_err(|source| Error::File { path: path.clone(), source })?;
         return Ok(Some(path));
     }
     Ok(user_folder("XDG_CONFIG_HOME", ".config").map(|folder| folder.join("config.toml")).filter(|path| path.is_file()))
+}
+
+/// The configuration file that a flag names.
+fn named_file<'a>(matches: &[&'a ArgMatches]) -> Option<&'a PathBuf> {
+    matches.iter().rev().find_map(|matches| matches.try_get_one::<PathBuf>(CONFIG).ok().flatten())
 }
 
 /// `efferent` in a folder of the user's, by the XDG convention.
@@ -311,5 +324,25 @@ mod tests {
         let settings = load(&[], variables).unwrap();
         assert_eq!(settings.client.model, "123");
         assert_eq!(settings.strangers, ["EFFERENT_PORT"]);
+    }
+
+    #[cfg(feature = "local")]
+    #[test]
+    fn flags_can_be_handed_on_as_variables() {
+        let words = ["efferent", "hand", "--nats", "nats://n:4222", "--sim-step", "5ms", "--log-format=json"];
+        let matches = crate::args::command().get_matches_from(words);
+        let (_, hand) = matches.subcommand().unwrap();
+        let settings = load(&[&matches, hand], []).unwrap();
+        let mut flags = settings.flags.clone();
+        flags.sort();
+        let wanted =
+            [("EFFERENT_LOG_FORMAT", "json"), ("EFFERENT_NATS", "nats://n:4222"), ("EFFERENT_SIM__STEP", "5ms")];
+        assert_eq!(flags, wanted.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        let variables = flags.into_iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+        let heard = load(&[], variables).unwrap();
+        assert_eq!(
+            (heard.local.nats.url.as_str(), heard.local.sim.step.at(1)),
+            ("nats://n:4222", std::time::Duration::from_millis(5))
+        );
     }
 }

@@ -19,6 +19,9 @@ pub(crate) enum Group {
     /// What to compute on.
     #[cfg(feature = "local")]
     Device,
+    /// What a host has to compute on.
+    #[cfg(feature = "local")]
+    Host,
     /// The coordinator's port and habits.
     #[cfg(feature = "local")]
     Coordinator,
@@ -49,6 +52,8 @@ impl Group {
             Self::Process => "Process",
             #[cfg(feature = "local")]
             Self::Weights | Self::Device => "Model",
+            #[cfg(feature = "local")]
+            Self::Host => "Host",
             #[cfg(feature = "local")]
             Self::Coordinator => "Coordinator",
             #[cfg(feature = "local")]
@@ -184,7 +189,22 @@ const LOCAL: &[Setting] = &[
         "device",
         "device",
         "DEVICE",
-        "What to compute on: cpu; cuda:N in builds with --features cuda; metal:N in builds with --features metal",
+        "What to compute on, claimed for this process alone: cpu:0-3 or cpu:0,2 for cores of its own; cuda:0, cuda:GPU-<uuid> or several, \
+         cuda:0,cuda:1, in builds with --features cuda; metal in builds with --features metal; cpu for a processor that is shared",
+    ),
+    setting(
+        Group::Host,
+        "device_locks",
+        "device-locks",
+        "FOLDER",
+        "Where devices are claimed, the same for all workers of a host. If none is given: efferent-devices in the folder for temporary files",
+    ),
+    setting(
+        Group::Host,
+        "inventory",
+        "inventory",
+        "FILE",
+        "What GPUs the host has (JSON, as `efferent devices --json` prints). If none is given, NVIDIA's driver is asked, if there is one",
     ),
     setting(Group::Coordinator, "listen", "listen", "HOST:PORT", "Address of the gRPC port; port 0 picks a free one"),
     setting(
@@ -314,6 +334,13 @@ const LOCAL: &[Setting] = &[
         "How long a brain that is told to stop waits for work in hand",
     ),
     setting(
+        Group::Brain,
+        "brain.step_timeout",
+        "brain-step-timeout",
+        "TIME",
+        "How long a brain may take for a batch; after that it counts as hung, and its process ends with code 70. 0s for as long as it likes",
+    ),
+    setting(
         Group::Hand,
         "hand.max_images",
         "max-images",
@@ -349,6 +376,13 @@ const LOCAL: &[Setting] = &[
         "checkpoint-interval",
         "TIME",
         "How often a hand checkpoints them; 0s for never but at a stop",
+    ),
+    setting(
+        Group::Hand,
+        "hand.step_timeout",
+        "step-timeout",
+        "TIME",
+        "How long a hand may take for a step; after that it counts as hung, and its process ends with code 70. 0s for as long as it likes",
     ),
     setting(Group::Sim, "sim.embed", "sim-embed", "TIME", "Time a simulated brain takes for a batch"),
     setting(Group::Sim, "sim.token", "sim-token", "TIME", "Time a simulated brain takes for a token, on top"),
@@ -388,6 +422,13 @@ const LOCAL: &[Setting] = &[
         "sim-crashes",
         "SHARE",
         "Share, 0 to 1, of attempts at an image over which a simulated hand's engine panics half-way; they are tried again",
+    ),
+    setting(
+        Group::Sim,
+        "sim.hangs",
+        "sim-hangs",
+        "SHARE",
+        "Share, 0 to 1, of attempts at an image over which a simulated hand's engine hangs half-way",
     ),
     setting(Group::Sim, "sim.max_batch", "sim-batch", "N", "Most images a simulated hand steps at once"),
 ];
