@@ -117,7 +117,8 @@ def wrong(scene: Scene, rng: random.Random) -> Scene:
     elif part.color and rng.random() < .5:
         part.color = rng.choice([c for c in COLOR_NAMES if c != part.color])
     elif part.count > 1 and rng.random() < .5:
-        part.count = part.count - 1 if part.count == 5 or rng.random() < .5 else part.count + 1
+        full = sum(p.count for p in other.parts) == max(scenes.PLACES)
+        part.count = part.count - 1 if full or rng.random() < .5 else part.count + 1
         other.kind = "count" if part.count > 1 and len(other.parts) == 1 else "mixed" if len(other.parts) == 2 else "single"
     else:
         part.thing = rng.choice([t for t in range(len(THINGS)) if t not in [p.thing for p in scene.parts]])
