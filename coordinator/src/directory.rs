@@ -22,8 +22,13 @@ use crate::quote::Stage;
 /// How much the latest request counts in what is usual.
 const LATE: f64 = 0.05;
 
-/// What a request with a prompt needs to be live.
-pub const WHOLE: [WorkerRole; 2] = [WorkerRole::Brain, WorkerRole::Hand];
+/// The stages that a request needs: a control signal that is there already needs no brain.
+pub fn needs(request: &GenerateRequest) -> &'static [WorkerRole] {
+    match request.signal_id.as_str() {
+        "" => &[WorkerRole::Brain, WorkerRole::Hand],
+        _ => &[WorkerRole::Hand],
+    }
+}
 
 /// The models and workers of the cluster. Clones share it.
 #[derive(Debug, Clone)]
@@ -144,8 +149,7 @@ impl Directory {
 
     /// The hand that would draw a request, and how many seconds of one it would take. `None` if there is none now.
     pub fn work(&self, request: &GenerateRequest) -> Option<(String, f64)> {
-        let needs = if request.signal_id.is_empty() { &WHOLE[..] } else { &[WorkerRole::Hand] };
-        let model = self.choose(&request.model, needs).ok()?;
+        let model = self.choose(&request.model, needs(request)).ok()?;
         let (steps, images) = (request.steps.unwrap_or(model.default_steps), request.image_count.unwrap_or(1));
         let size = request.size.or(model.sizes.first().copied()).unwrap_or_default();
         let units = work::image_units(&size, steps) * f64::from(images);

@@ -28,7 +28,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    directory::{Directory, WHOLE},
+    directory::{self, Directory},
     follow::{self, Tail, Wish},
     quote,
     server::Options,
@@ -196,7 +196,7 @@ impl Images {
     /// A request with every default filled in, and the model that does it.
     async fn resolve(&self, request: GenerateRequest) -> Result<(GenerateRequest, Model), ApiError> {
         if request.signal_id.is_empty() {
-            let model = self.directory.choose(&request.model, &WHOLE)?;
+            let model = self.directory.choose(&request.model, directory::needs(&request))?;
             return Ok((validate::resolve(request, &model, self.options.default_deadline)?, model));
         }
         let signal = signals::find(&self.ledger, &request.signal_id).await?;
@@ -282,7 +282,7 @@ impl Images {
             following.await;
             drop(places);
             if let Some((trace, began)) = span {
-                trace.tell("Generate", began, SystemTime::now(), &[("efferent.job_id", id)]);
+                trace.tell("Generate", began, SystemTime::now(), &[("efferent.job_id", &id)]);
             }
         });
         let mark = move |event: Result<JobEvent, Status>| {
@@ -356,7 +356,7 @@ impl ImageService for Images {
             let place = self.gate.stream(tenant)?;
             let (id, tail) = self.accept(request, &trace).await?;
             let existing = tail.is_none();
-            trace.child().tell("accept", began, SystemTime::now(), &[("efferent.job_id", id.clone())]);
+            trace.child().tell("accept", began, SystemTime::now(), &[("efferent.job_id", &id)]);
             let span = (!existing).then(|| (trace.clone(), began));
             Ok(self.stream(id, tail, Wish { after: 0, inline_images }, (permit, Some(place)), existing, span))
         };

@@ -65,11 +65,11 @@ impl Signals {
         let _place = self.gate.stream(tenant)?;
         let model = self.directory.choose(&request.model, &[WorkerRole::Brain])?;
         let request = validate::resolve(request, &model, self.images.default_deadline())?;
-        let mut record = self.images.drafted(names::new_job_id(), request, model);
+        let job = names::new_job_id();
+        let mut record = self.images.drafted(job.clone(), request, model);
         record.keep_signal_ms = u64::try_from(keep.as_millis()).unwrap_or(u64::MAX);
-        let tail = self.images.begin(record.clone(), trace).await?;
+        let tail = self.images.begin(record, trace).await?;
         let (sender, mut events) = mpsc::channel(BACKLOG);
-        let job = record.job.unwrap_or_default().job_id;
         let wish = Wish { after: 0, inline_images: false };
         let following = follow::follow(self.ledger.clone(), job.clone(), tail, wish, sender, self.shutdown.clone());
         let following = tokio::spawn(following);

@@ -87,9 +87,9 @@ async fn a_request_is_one_trace_across_all_processes() {
     for (service, name, times) in [
         ("coordinator", "Generate", 1),
         ("coordinator", "accept", 1),
-        ("brain", "wait in brain.sim.interactive", 1),
+        ("brain", "wait for a brain", 1),
         ("brain", "brain", 1),
-        ("hand", "wait in hand.sim.interactive", 2),
+        ("hand", "wait for a hand", 2),
         ("hand", "hand", 2),
     ] {
         assert_eq!(count(service, name), times, "{service}: {name}");

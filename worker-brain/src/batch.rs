@@ -66,12 +66,7 @@ impl Encoder {
                 misses.push((*key, request));
             }
         }
-        for (key, outcome) in self.miss(misses).await {
-            if let Ok(signal) = &outcome {
-                self.cache.insert(key, signal.clone());
-            }
-            known.insert(key, outcome);
-        }
+        known.extend(self.miss(misses).await);
         let missing = || Err(Arc::new(EngineError::Crashed("the engine left out a prompt of its batch".to_owned())));
         keys.iter().map(|key| known.get(key).cloned().unwrap_or_else(missing)).collect()
     }
@@ -87,7 +82,7 @@ impl Encoder {
         let (mut own, mut others) = (Vec::new(), Vec::new());
         for (miss, found) in misses.into_iter().zip(found) {
             match found {
-                Found::Signal(signal) => outcomes.push((miss.0, Ok(Arc::new(*signal)))),
+                Found::Signal(signal) => outcomes.push(self.remember(miss.0, *signal)),
                 Found::Elsewhere => others.push(miss),
                 Found::Nothing => own.push(miss),
             }
@@ -106,7 +101,7 @@ impl Encoder {
         let mut left = Vec::new();
         for (miss, signal) in others.into_iter().zip(waited) {
             match signal {
-                Some(signal) => outcomes.push((miss.0, Ok(Arc::new(signal)))),
+                Some(signal) => outcomes.push(self.remember(miss.0, signal)),
                 None => left.push(miss),
             }
         }
@@ -114,6 +109,13 @@ impl Encoder {
         outcomes.extend(computed);
         outcomes.extend(self.compute_all(left).await);
         outcomes
+    }
+
+    /// The outcome that a signal is, with the signal in the cache.
+    fn remember(&self, key: blake3::Hash, signal: ControlSignal) -> (blake3::Hash, Outcome) {
+        let signal = Arc::new(signal);
+        self.cache.insert(key, signal.clone());
+        (key, Ok(signal))
     }
 
     async fn compute_all(&self, misses: Vec<Miss>) -> Vec<(blake3::Hash, Outcome)> {
@@ -142,11 +144,10 @@ impl Encoder {
             shared.timed(started.elapsed());
         }
         for (key, outcome) in keys.into_iter().zip(computed) {
-            let outcome = outcome.map(Arc::new).map_err(Arc::new);
-            if let Ok(signal) = &outcome {
-                self.cache.insert(key, signal.clone());
-            }
-            outcomes.push((key, outcome));
+            outcomes.push(match outcome {
+                Ok(signal) => self.remember(key, signal),
+                Err(error) => (key, Err(Arc::new(error))),
+            });
         }
         outcomes
     }

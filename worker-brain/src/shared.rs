@@ -22,6 +22,8 @@ use prost::Message as _;
 const WORTHWHILE: Duration = Duration::from_millis(5);
 /// How long another brain is waited for, beyond three times what a pass takes here.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// What a pass is taken to be as long as none was timed.
+const GUESS: Duration = Duration::from_secs(1);
 /// How often it is asked whether another brain is done.
 const POLL: Duration = Duration::from_millis(5);
 /// After which time a brain that said it would compute a signal is not believed any more.
@@ -51,8 +53,9 @@ pub enum Found {
 impl Shared {
     /// The store on this bus; signals stay there for `keep` after they were computed.
     pub fn new(bus: SharedBus, worker_id: String, keep: Duration) -> Self {
-        // Until a pass has been timed it is taken to be a long one.
-        Self { bus, worker_id, keep, pass: Arc::new(AtomicU64::new(u64::MAX)) }
+        let this = Self { bus, worker_id, keep, pass: Arc::default() };
+        this.timed(GUESS);
+        this
     }
 
     /// Notes what a pass took.

@@ -15,7 +15,7 @@ use efferent_proto::{
     items, names, time,
     v1::{
         Batch, BatchHeader, BatchState, ErrorCode, GenerateRequest, ItemError, SubmitBatchRequest, SubmitBatchResponse,
-        WorkerRole, submit_batch_request::Part,
+        submit_batch_request::Part,
     },
     work,
 };
@@ -24,7 +24,7 @@ use tonic::Status;
 
 use super::Batches;
 use crate::{
-    directory::WHOLE,
+    directory,
     images::unavailable,
     scale, tenants,
     validate::{self, MAX_KEY_BYTES},
@@ -335,8 +335,7 @@ impl Batches {
         if !item.tenant.is_empty() {
             return Err(invalid("tenant", "an item has no tenant of its own; the batch has one"));
         }
-        let needs = if item.signal_id.is_empty() { &WHOLE[..] } else { &[WorkerRole::Hand] };
-        let model = match self.directory.choose(&item.model, needs) {
+        let model = match self.directory.choose(&item.model, directory::needs(item)) {
             Ok(model) => Some(model),
             // Workers may come later. What the model offers is known since it was first registered.
             Err(error) if error.code == ErrorCode::NoWorker => self.directory.known(&item.model),

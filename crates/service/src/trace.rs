@@ -8,7 +8,6 @@
 mod otlp;
 
 use std::{
-    borrow::Cow,
     collections::BTreeMap,
     hash::{BuildHasher as _, RandomState},
     time::SystemTime,
@@ -80,17 +79,11 @@ impl Context {
     }
 
     /// Sends it to the collector, if there is one: it is over.
-    pub fn tell(
-        &self,
-        name: impl Into<Cow<'static, str>>,
-        began: SystemTime,
-        ended: SystemTime,
-        about: &[(&'static str, String)],
-    ) {
+    pub fn tell(&self, name: &'static str, began: SystemTime, ended: SystemTime, about: &[(&'static str, &str)]) {
         #[cfg(feature = "otlp")]
-        otlp::tell(self, name.into(), (began, ended), about);
+        otlp::tell(self, name, (began, ended), about);
         #[cfg(not(feature = "otlp"))]
-        let _ = (name.into(), began, ended, about);
+        let _ = (name, began, ended, about);
     }
 
     /// A header's value.

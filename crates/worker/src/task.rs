@@ -147,7 +147,7 @@ pub async fn admit(
     let now = SystemTime::now();
     let waited = now.duration_since(published_at).unwrap_or_default();
     let trace = trace::Context::of(&headers);
-    trace.child().tell(format!("wait in {queue}"), published_at, now, &[]);
+    trace.child().tell(spans(&queue).0, published_at, now, &[("efferent.queue", &queue), ("efferent.job_id", &job)]);
     metrics::histogram!("efferent_queue_wait_seconds", "queue" => queue.clone()).record(waited.as_secs_f64());
     if attempt > 1 {
         metrics::counter!("efferent_redeliveries_total", "queue" => queue.clone()).increment(1);
@@ -395,17 +395,22 @@ impl Held {
 impl Drop for Held {
     fn drop(&mut self) {
         let (span, began) = &self.span;
-        let stage = self.queue.split('.').next().unwrap_or_default().to_owned();
         let about = [
-            ("efferent.job_id", self.job_id.clone()),
-            ("efferent.task", self.key.clone()),
-            ("efferent.attempt", self.attempt.to_string()),
-            ("efferent.worker_id", self.worker_id.clone()),
+            ("efferent.queue", self.queue.as_str()),
+            ("efferent.job_id", &self.job_id),
+            ("efferent.task", &self.key),
+            ("efferent.attempt", &self.attempt.to_string()),
+            ("efferent.worker_id", &self.worker_id),
         ];
-        span.tell(stage, *began, SystemTime::now(), &about);
+        span.tell(spans(&self.queue).1, *began, SystemTime::now(), &about);
         self.keeper.abort();
         self.cancellations.remove(&self.job_id, &self.token);
     }
+}
+
+/// What the wait for a worker and its work are called in traces.
+fn spans(queue: &str) -> (&'static str, &'static str) {
+    if queue.starts_with("hand.") { ("wait for a hand", "hand") } else { ("wait for a brain", "brain") }
 }
 
 /// Extends the lease, watches the deadline, and looks at the record now and then in case a cancellation was not heard.

@@ -13,6 +13,7 @@ use crate::{
         load::{self, Job, Load},
         plot,
         processes::Cluster,
+        report::Spread,
         status, wait_for_workers,
     },
     client::Server,
@@ -168,8 +169,7 @@ impl Report {
             let (from, to) = (f64::from(index) * phase, f64::from(index + 1) * phase);
             let of = jobs.iter().filter(|job| (from..to).contains(&job.submitted));
             let mut latencies: Vec<f64> = of.filter_map(|job| Some(job.ended?.0 - job.submitted)).collect();
-            latencies.sort_by(f64::total_cmp);
-            let at = |share: f64| latencies.get((latencies.len().saturating_sub(1) as f64 * share) as usize).copied();
+            let latency = Spread::of(&mut latencies);
             let looks: Vec<f64> = samples
                 .iter()
                 .filter(|sample| (from..to).contains(&sample.at))
@@ -178,8 +178,8 @@ impl Report {
             Phase {
                 rate,
                 requests: latencies.len(),
-                latency_p50: at(0.5).unwrap_or_default(),
-                latency_p99: at(0.99).unwrap_or_default(),
+                latency_p50: latency.p50,
+                latency_p99: latency.p99,
                 mean_hands: looks.iter().sum::<f64>() / looks.len().max(1) as f64,
             }
         });
@@ -203,17 +203,16 @@ impl Report {
     }
 
     fn table(&self) -> String {
-        let row = |cells: &[String]| cells.to_vec();
         let mut rows = vec![["PHASE", "RATE", "REQUESTS", "P50", "P99", "HANDS"].map(str::to_owned).to_vec()];
         for (name, phase) in ["before", "burst", "after"].into_iter().zip(&self.phases) {
-            rows.push(row(&[
+            rows.push(vec![
                 name.to_owned(),
                 format!("{:.1}/s", phase.rate),
                 phase.requests.to_string(),
                 format!("{:.2} s", phase.latency_p50),
                 format!("{:.2} s", phase.latency_p99),
                 format!("{:.1}", phase.mean_hands),
-            ]));
+            ]);
         }
         format!(
             "simulated: hands of {} s added and drained by advice\n\n{}\n\nhands added {} times, drained {} times, {} reversals; {} accepted, {} succeeded, {} lost",

@@ -178,7 +178,7 @@ pub(crate) struct Spread {
 }
 
 impl Spread {
-    fn of(values: &mut [f64]) -> Self {
+    pub(crate) fn of(values: &mut [f64]) -> Self {
         if values.is_empty() {
             return Self::default();
         }

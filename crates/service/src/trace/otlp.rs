@@ -1,6 +1,6 @@
 //! Spans of ours to a collector of OpenTelemetry.
 
-use std::{borrow::Cow, sync::OnceLock, time::SystemTime};
+use std::{sync::OnceLock, time::SystemTime};
 
 use opentelemetry::{
     InstrumentationScope, KeyValue,
@@ -52,9 +52,9 @@ impl Drop for Exporter {
 /// See [`Context::tell`].
 pub(super) fn tell(
     context: &Context,
-    name: Cow<'static, str>,
+    name: &'static str,
     times: (SystemTime, SystemTime),
-    about: &[(&'static str, String)],
+    about: &[(&'static str, &str)],
 ) {
     let Some(processor) = PROCESSOR.get() else { return };
     let span_id = |text: &str| SpanId::from_hex(text).unwrap_or(SpanId::INVALID);
@@ -68,10 +68,10 @@ pub(super) fn tell(
         parent_span_id: context.parent.as_deref().map_or(SpanId::INVALID, span_id),
         parent_span_is_remote: true,
         span_kind: SpanKind::Internal,
-        name,
+        name: name.into(),
         start_time: times.0,
         end_time: times.1,
-        attributes: about.iter().map(|(key, value)| KeyValue::new(*key, value.clone())).collect(),
+        attributes: about.iter().map(|(key, value)| KeyValue::new(*key, (*value).to_owned())).collect(),
         dropped_attributes_count: 0,
         events: SpanEvents::default(),
         links: SpanLinks::default(),
