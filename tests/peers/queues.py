@@ -176,6 +176,8 @@ def celery(hands, options):
             process = subprocess.Popen([str(part) for part in command], cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
             stack.callback(stop, process)
             time.sleep(1)
+            if process.poll() is not None:
+                raise SystemExit(f"{command[0]} has ended: {(folder / 'log').read_text()[-500:]}")
         os.environ["REDIS"] = url
         sys.path.insert(0, str(folder))
         sys.modules.pop("two", None)
