@@ -77,7 +77,8 @@ impl Weights {
         let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         let file = safetensors::SafeTensors::deserialize(&bytes)
             .map_err(|error| malformed(format!("not a safetensors file, or a truncated one: {error}")))?;
-        let views: Vec<_> = file.iter().collect();
+        // Positions that old versions of transformers saved beside the weights: integers that count from 0.
+        let views: Vec<_> = file.iter().filter(|(name, _)| !name.ends_with("position_ids")).collect();
         let tensors = views
             .into_par_iter()
             .map(|(name, view)| {
@@ -123,6 +124,11 @@ impl Weights {
             true => Ok(Self { path: path.to_owned(), device: device.clone(), tensors, differences: Vec::new() }),
             false => Err(Error::Malformed { path: path.to_owned(), what: told(&broken) }),
         }
+    }
+
+    /// Whether a tensor of this name is there and not taken yet.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
     }
 
     /// Takes a tensor. If it is missing or of another shape, that is noted for [`Weights::finish`], and zeros stand in for it (they take

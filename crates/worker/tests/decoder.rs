@@ -8,7 +8,10 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 use efferent_worker::{
-    nn::decoder::{Activation, Config, Decoder, Naming, RotaryPairs},
+    nn::{
+        decoder::{Config, Decoder, Naming, RotaryPairs},
+        ops::Activation,
+    },
     weights::Weights,
 };
 
@@ -52,7 +55,7 @@ fn families() -> Vec<(&'static str, Config)> {
         head_width: 8,
         rotary_base: 1e4,
         norm_offset: true,
-        activation: Activation::Gelu,
+        activation: Activation::GeluTanh,
         scaled_embedding: true,
         ..llama()
     };

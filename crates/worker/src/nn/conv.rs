@@ -8,13 +8,45 @@ use rayon::prelude::*;
 
 use crate::weights::Weights;
 
-/// A 3 x 3 convolution, stride 1, padding 1.
+/// Which pixels a 3 x 3 convolution is computed at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sampling {
+    /// Every pixel: stride 1, padding 1 on each side. (height, width) stay.
+    Every,
+    /// Every second, from the first on: stride 2, padding 1 on each side. Each axis becomes (size + 1) / 2.
+    Second,
+    /// Every second, between the first two: stride 2, padding 1 below and on the right only. Each axis becomes size / 2.
+    Between,
+}
+
+impl Sampling {
+    /// (stride, zeros in front of an axis)
+    fn steps(self) -> (usize, usize) {
+        match self {
+            Self::Every => (1, 1),
+            Self::Second => (2, 1),
+            Self::Between => (2, 0),
+        }
+    }
+
+    /// An axis after the convolution.
+    fn size(self, size: usize) -> usize {
+        match self {
+            Self::Every => size,
+            Self::Second => size.div_ceil(2),
+            Self::Between => size / 2,
+        }
+    }
+}
+
+/// A 3 x 3 convolution.
 #[derive(Debug, Clone)]
 pub struct Conv3x3 {
     /// (9 in, out)
     weight: Tensor,
     /// (out)
     bias: Tensor,
+    sampling: Sampling,
 }
 
 impl Conv3x3 {
@@ -29,7 +61,13 @@ impl Conv3x3 {
         let bias = bias.reshape(outputs)?;
         // (out, in, 3, 3) -> (3, 3, in, out) -> (9 in, out)
         let weight = weight.permute((2, 3, 1, 0))?.contiguous()?.reshape((9 * inputs, outputs))?;
-        Ok(Self { weight, bias })
+        Ok(Self { weight, bias, sampling: Sampling::Every })
+    }
+
+    /// The same convolution at other pixels.
+    #[must_use]
+    pub fn at(self, sampling: Sampling) -> Self {
+        Self { sampling, ..self }
     }
 
     /// Takes `{name}.weight` of (out, in, 3, 3) and `{name}.bias`.
@@ -41,37 +79,64 @@ impl Conv3x3 {
         Self::new(&weight, &weights.get(&format!("{name}.bias"), &[outputs]))
     }
 
-    /// (batch, height, width, in) -> (batch, height, width, out)
+    /// (batch, height, width, in) -> (batch, height, width, out), the sizes as its [`Sampling`] says
     ///
     /// # Errors
     /// If the channels do not agree.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, h, w, _) = x.dims4()?;
-        let rows = im2col(x)?; // (b h w, 9 in)
+        let rows = im2col(x, self.sampling)?; // (b h w, 9 in)
+        let (h, w) = (self.sampling.size(h), self.sampling.size(w));
         rows.matmul(&self.weight)?.broadcast_add(&self.bias)?.reshape((b, h, w, self.bias.elem_count()))
     }
 }
 
-/// (batch, height, width, channels) -> (batch height width, 9 channels): each pixel's neighbourhood, row by row, zeros outside.
+/// (batch, height, width, channels) -> (batch height width, 9 channels): the neighbourhood of each pixel that is sampled, row by row, zeros outside.
 ///
 /// # Errors
 /// If the tensor is not of four dimensions.
-pub fn im2col(x: &Tensor) -> Result<Tensor> {
+pub fn im2col(x: &Tensor, sampling: Sampling) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
     if x.device().is_cpu() && x.dtype() == DType::F32 {
-        return x.contiguous()?.apply_op1_no_bwd(&Im2Col);
+        return x.contiguous()?.apply_op1_no_bwd(&Im2Col(sampling));
     }
-    let padded = x.pad_with_zeros(1, 1, 1)?.pad_with_zeros(2, 1, 1)?;
+    let (stride, before) = sampling.steps();
+    let padded = x.pad_with_zeros(1, before, 2)?.pad_with_zeros(2, before, 2)?;
+    let (h, w) = (sampling.size(h), sampling.size(w));
     let mut parts = Vec::with_capacity(9);
     for dy in 0..3 {
         for dx in 0..3 {
-            parts.push(padded.narrow(1, dy, h)?.narrow(2, dx, w)?);
+            let part = padded.narrow(1, dy, h.saturating_sub(1) * stride + 1)?;
+            let part = part.narrow(2, dx, w.saturating_sub(1) * stride + 1)?;
+            parts.push(every(&every(&part, 1, stride)?, 2, stride)?);
         }
     }
     Tensor::cat(&parts, 3)?.reshape((b * h * w, 9 * c))
 }
 
-struct Im2Col;
+/// Every `stride`-th along an axis.
+fn every(x: &Tensor, axis: usize, stride: usize) -> Result<Tensor> {
+    if stride == 1 {
+        return Ok(x.clone());
+    }
+    let index: Vec<u32> = (0..x.dim(axis)?).step_by(stride).map(|i| i as u32).collect();
+    x.contiguous()?.index_select(&Tensor::new(index, x.device())?, axis)
+}
+
+/// The nearest pixel of another size: (batch, height, width, channels) -> (batch, to, to, channels).
+///
+/// # Errors
+/// If the tensor is not of four dimensions.
+pub fn nearest(x: &Tensor, (height, width): (usize, usize)) -> Result<Tensor> {
+    let (_, h, w, _) = x.dims4()?;
+    let index = |from: usize, to: usize| -> Result<Tensor> {
+        let index: Vec<u32> = (0..to).map(|i| (i * from / to) as u32).collect();
+        Tensor::new(index, x.device())
+    };
+    x.contiguous()?.index_select(&index(h, height)?, 1)?.index_select(&index(w, width)?, 2)
+}
+
+struct Im2Col(Sampling);
 
 impl CustomOp1 for Im2Col {
     fn name(&self) -> &'static str {
@@ -84,32 +149,32 @@ impl CustomOp1 for Im2Col {
             candle_core::bail!("im2col wants contiguous values")
         };
         let input = &storage.as_slice::<f32>()?[start..end];
-        let mut output = vec![0f32; b * h * w * 9 * c];
-        let line = w * 9 * c;
+        let (stride, before) = self.0.steps();
+        let (rows, columns) = (self.0.size(h), self.0.size(w));
+        let mut output = vec![0f32; b * rows * columns * 9 * c];
+        let line = columns * 9 * c;
         if line > 0 {
             output.par_chunks_mut(line).enumerate().for_each(|(index, line)| {
-                let (image, y) = (index / h, index % h);
+                let (image, y) = (index / rows, index % rows * stride);
                 for dy in 0..3 {
-                    let Some(from) = (y + dy).checked_sub(1).filter(|from| *from < h) else { continue };
+                    let Some(from) = (y + dy).checked_sub(before).filter(|from| *from < h) else { continue };
                     let source = &input[(image * h + from) * w * c..][..w * c];
-                    copy_line(source, line, dy, w, c);
+                    for (x, cell) in line.chunks_exact_mut(9 * c).enumerate() {
+                        copy_cell(source, &mut cell[dy * 3 * c..][..3 * c], x * stride, before, w, c);
+                    }
                 }
             });
         }
-        Ok((CpuStorage::F32(output), Shape::from((b * h * w, 9 * c))))
+        Ok((CpuStorage::F32(output), Shape::from((b * rows * columns, 9 * c))))
     }
 }
 
-/// Copies a source line of (w, c) to the places that see it as their row `dy`.
-fn copy_line(source: &[f32], line: &mut [f32], dy: usize, w: usize, c: usize) {
-    for (x, cell) in line.chunks_exact_mut(9 * c).enumerate() {
-        let target = &mut cell[dy * 3 * c..][..3 * c];
-        // Columns x - 1 ..= x + 1, cut at the edges.
-        let (first, last) = (x.saturating_sub(1), (x + 1).min(w - 1));
-        let skip = (first + 1 - x) * c;
-        let count = (last + 1 - first) * c;
-        target[skip..skip + count].copy_from_slice(&source[first * c..][..count]);
-    }
+/// Copies columns x - before ..= x - before + 2 of a line of (w, c), cut at the edges.
+fn copy_cell(line: &[f32], target: &mut [f32], x: usize, before: usize, w: usize, c: usize) {
+    let (first, last) = (x.saturating_sub(before), (x + 2 - before).min(w - 1));
+    let skip = (first + before - x) * c;
+    let count = (last + 1 - first) * c;
+    target[skip..skip + count].copy_from_slice(&line[first * c..][..count]);
 }
 
 #[cfg(test)]
@@ -125,21 +190,41 @@ mod tests {
             let x = Tensor::randn(0f32, 1.0, (b, inputs, h, w), &device).unwrap();
             let weight = Tensor::randn(0f32, 0.1, (outputs, inputs, 3, 3), &device).unwrap();
             let bias = Tensor::randn(0f32, 1.0, outputs, &device).unwrap();
-            let expected = x.conv2d(&weight, 1, 1, 1, 1).unwrap();
-            let expected = expected.broadcast_add(&bias.reshape((1, outputs, 1, 1)).unwrap()).unwrap();
-            let channels_last = x.permute((0, 2, 3, 1)).unwrap();
-            let got = Conv3x3::new(&weight, &bias).unwrap().forward(&channels_last).unwrap();
-            let got = got.permute((0, 3, 1, 2)).unwrap();
-            let error = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            assert!(error < 2e-5, "{error} for {b} x {h} x {w}, {inputs} to {outputs}");
+            let below = x.pad_with_zeros(2, 0, 1).unwrap().pad_with_zeros(3, 0, 1).unwrap();
+            let mut cases = vec![
+                (Sampling::Every, x.conv2d(&weight, 1, 1, 1, 1).unwrap()),
+                (Sampling::Second, x.conv2d(&weight, 1, 2, 1, 1).unwrap()),
+            ];
+            if h > 1 && w > 1 {
+                cases.push((Sampling::Between, below.conv2d(&weight, 0, 2, 1, 1).unwrap()));
+            }
+            for (sampling, expected) in cases {
+                let expected = expected.broadcast_add(&bias.reshape((1, outputs, 1, 1)).unwrap()).unwrap();
+                let channels_last = x.permute((0, 2, 3, 1)).unwrap();
+                let got = Conv3x3::new(&weight, &bias).unwrap().at(sampling).forward(&channels_last).unwrap();
+                let got = got.permute((0, 3, 1, 2)).unwrap();
+                assert_eq!(got.dims(), expected.dims(), "{sampling:?} of {h} x {w}");
+                let error = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(error < 2e-5, "{error} for {b} x {h} x {w}, {inputs} to {outputs}, {sampling:?}");
+            }
         }
     }
 
     #[test]
     fn the_portable_form_agrees() {
         let x = Tensor::randn(0f64, 1.0, (2, 4, 5, 3), &Device::Cpu).unwrap();
-        let portable = im2col(&x).unwrap().to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
-        let own = im2col(&x.to_dtype(DType::F32).unwrap()).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(portable, own);
+        for sampling in [Sampling::Every, Sampling::Second, Sampling::Between] {
+            let portable = im2col(&x, sampling).unwrap().to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
+            let own = im2col(&x.to_dtype(DType::F32).unwrap(), sampling).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(portable, own, "{sampling:?}");
+        }
+    }
+
+    #[test]
+    fn nearest_pixels() {
+        let x = Tensor::new(&[[[[1f32], [2.0]], [[3.0], [4.0]]]], &Device::Cpu).unwrap();
+        let larger = nearest(&x, (3, 4)).unwrap().squeeze(0).unwrap().squeeze(2).unwrap();
+        let wanted = [[1.0, 1.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 4.0, 4.0]];
+        assert_eq!(larger.to_vec2::<f32>().unwrap(), wanted);
     }
 }

@@ -11,7 +11,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use super::{
     attention::{Logits, attend, causal, hide_absent},
     linear::Linear,
-    ops,
+    ops::{self, Activation},
 };
 use crate::weights::Weights;
 
@@ -65,15 +65,6 @@ pub enum RotaryPairs {
     Halves,
     /// Channels 2 i and 2 i + 1: Llama's q and k in GGUF, which stores them permuted for this.
     Neighbours,
-}
-
-/// Activation of the MLP's gate.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
-    /// `x sigmoid(x)`
-    Silu,
-    /// GELU in its tanh form.
-    Gelu,
 }
 
 /// How the file names its tensors.
@@ -313,11 +304,7 @@ impl Layer {
         let attended = attend(&q, &k, &v, Some(bias), logits)?.flatten_from(2)?;
         let x = (x + also(self.output.forward(&attended)?, &self.attention_output_norm)?)?;
         let h = normed(&x, &self.mlp_norm)?;
-        let gate = self.gate.forward(&h)?;
-        let gate = match config.activation {
-            Activation::Silu => ops::silu(&gate)?,
-            Activation::Gelu => ops::gelu(&gate)?,
-        };
+        let gate = ops::activate(config.activation, &self.gate.forward(&h)?)?;
         let h = self.down.forward(&(gate * self.up.forward(&h)?)?)?;
         x + also(h, &self.mlp_output_norm)?
     }

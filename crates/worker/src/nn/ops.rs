@@ -2,6 +2,8 @@
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 
+use serde::Deserialize;
+
 use super::kernels;
 
 /// Whether our kernels take a tensor.
@@ -14,6 +16,33 @@ pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
         None => candle_core::bail!("a kernel wants contiguous values"),
+    }
+}
+
+/// An activation, as configurations name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum Activation {
+    /// `x sigmoid(x)`
+    #[serde(rename = "silu", alias = "swish")]
+    Silu,
+    /// GELU by the error function.
+    #[serde(rename = "gelu")]
+    Gelu,
+    /// GELU in its tanh form.
+    #[serde(rename = "gelu_new", alias = "gelu_pytorch_tanh")]
+    GeluTanh,
+    /// `x sigmoid(1.702 x)`
+    #[serde(rename = "quick_gelu")]
+    QuickGelu,
+}
+
+/// An activation of every value, any shape.
+pub fn activate(activation: Activation, x: &Tensor) -> Result<Tensor> {
+    match activation {
+        Activation::Silu => silu(x),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => gelu(x),
+        Activation::QuickGelu => silu(&(x * 1.702)?)? / 1.702,
     }
 }
 

@@ -2,7 +2,10 @@
 
 use candle_core::{Device, Tensor, quantized::gguf_file::Value};
 use efferent_worker::{
-    nn::decoder::{Activation, Config, Decoder, Naming, RotaryPairs},
+    nn::{
+        decoder::{Config, Decoder, Naming, RotaryPairs},
+        ops::Activation,
+    },
     weights::{self, Gguf, Weights},
 };
 
