@@ -2,4 +2,6 @@
 //!
 //! Maps are kept as (batch, height, width, channels).
 
+pub mod autoencoder;
+mod blocks;
 pub mod unet;

@@ -15,6 +15,8 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
+use super::blocks::{Norm, Residual};
+
 /// What `config.json` says. What it may say otherwise is refused by [`Unet::new`], or changes nothing of what is computed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Config {
@@ -176,14 +178,6 @@ struct Level {
 }
 
 #[derive(Debug)]
-struct Residual {
-    norms: [GroupNorm; 2],
-    convolutions: [Conv3x3; 2],
-    time: Linear,
-    shortcut: Option<Linear>,
-}
-
-#[derive(Debug)]
 struct Attention {
     norm: GroupNorm,
     input: Linear,
@@ -217,14 +211,12 @@ struct Pass<'a> {
     context: &'a Tensor,
     /// Added to the logits of what is looked at in the context.
     bias: Option<&'a Tensor>,
-    activation: Activation,
 }
 
 /// Takes tensors for a configuration.
 struct Loader<'a> {
     weights: &'a mut Weights,
-    groups: usize,
-    eps: f64,
+    norm: Norm,
     time: usize,
     context: usize,
     linear: bool,
@@ -232,23 +224,7 @@ struct Loader<'a> {
 
 impl Loader<'_> {
     fn residual(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Residual> {
-        let (groups, eps) = (self.groups, self.eps);
-        let weights = &mut *self.weights;
-        Ok(Residual {
-            norms: [
-                GroupNorm::new(weights, &format!("{name}.norm1"), inputs, groups, eps)?,
-                GroupNorm::new(weights, &format!("{name}.norm2"), outputs, groups, eps)?,
-            ],
-            convolutions: [
-                Conv3x3::load(weights, &format!("{name}.conv1"), inputs, outputs)?,
-                Conv3x3::load(weights, &format!("{name}.conv2"), outputs, outputs)?,
-            ],
-            time: Linear::with_bias(weights, &format!("{name}.time_emb_proj"), self.time, outputs),
-            shortcut: match inputs == outputs {
-                true => None,
-                false => Some(Linear::of_convolution(weights, &format!("{name}.conv_shortcut"), inputs, outputs)?),
-            },
-        })
+        Residual::new(self.weights, name, inputs, outputs, Some(self.time), self.norm)
     }
 
     fn attention(&mut self, name: &str, width: usize, heads: usize, blocks: usize) -> Result<Attention> {
@@ -256,7 +232,7 @@ impl Loader<'_> {
             candle_core::bail!("{heads} heads of {width} channels cannot be ({name})");
         }
         // Attentions have a norm of an epsilon of their own.
-        let norm = GroupNorm::new(self.weights, &format!("{name}.norm"), width, self.groups, 1e-6)?;
+        let norm = GroupNorm::new(self.weights, &format!("{name}.norm"), width, self.norm.groups, 1e-6)?;
         let input = self.projection(&format!("{name}.proj_in"), width)?;
         let output = self.projection(&format!("{name}.proj_out"), width)?;
         let blocks = (0..blocks).map(|block| self.block(&format!("{name}.transformer_blocks.{block}"), width));
@@ -302,8 +278,7 @@ impl Unet {
         let (levels, first) = (channels.len(), channels[0]);
         let time = 4 * first;
         let mut loader = Loader {
-            groups: config.norm_num_groups,
-            eps: config.norm_eps,
+            norm: Norm { groups: config.norm_num_groups, eps: config.norm_eps, activation: config.act_fn },
             time,
             context: config.cross_attention_dim,
             linear: config.use_linear_projection,
@@ -411,17 +386,12 @@ impl Unet {
         bias: Option<&Tensor>,
         added: Option<&Added>,
     ) -> Result<Tensor> {
-        let pass = Pass {
-            time: ops::activate(self.config.act_fn, &self.embed(time, added)?)?,
-            context,
-            bias,
-            activation: self.config.act_fn,
-        };
+        let pass = Pass { time: ops::activate(self.config.act_fn, &self.embed(time, added)?)?, context, bias };
         let mut x = self.input.forward(x)?;
         let mut skipped = vec![x.clone()];
         for Level { blocks, sampler } in &self.down {
             for (residual, attention) in blocks {
-                x = residual.forward(&x, &pass)?;
+                x = residual.forward(&x, Some(&pass.time))?;
                 if let Some(attention) = attention {
                     x = attention.forward(&x, &pass)?;
                 }
@@ -433,11 +403,12 @@ impl Unet {
             }
         }
         let (first, attention, last) = &self.middle;
-        x = last.forward(&attention.forward(&first.forward(&x, &pass)?, &pass)?, &pass)?;
+        x = attention.forward(&first.forward(&x, Some(&pass.time))?, &pass)?;
+        x = last.forward(&x, Some(&pass.time))?;
         for Level { blocks, sampler } in &self.up {
             for (residual, attention) in blocks {
                 let Some(skip) = skipped.pop() else { candle_core::bail!("a UNet's levels do not meet") };
-                x = residual.forward(&Tensor::cat(&[&x, &skip], 3)?, &pass)?;
+                x = residual.forward(&Tensor::cat(&[&x, &skip], 3)?, Some(&pass.time))?;
                 if let Some(attention) = attention {
                     x = attention.forward(&x, &pass)?;
                 }
@@ -507,20 +478,6 @@ fn sinusoid(values: &Tensor, width: usize, cosines_first: bool, shift: f64) -> R
     let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
     let (sin, cos) = (angles.sin()?, angles.cos()?);
     Tensor::cat(&if cosines_first { [cos, sin] } else { [sin, cos] }, 1)
-}
-
-impl Residual {
-    /// (batch, height, width, in) -> (batch, height, width, out)
-    fn forward(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let act = |x: Tensor| ops::activate(pass.activation, &x);
-        let h = self.convolutions[0].forward(&act(self.norms[0].forward(x)?)?)?;
-        let h = h.broadcast_add(&self.time.forward(&pass.time)?.unsqueeze(1)?.unsqueeze(1)?)?;
-        let h = self.convolutions[1].forward(&act(self.norms[1].forward(&h)?)?)?;
-        match &self.shortcut {
-            Some(shortcut) => shortcut.forward(x)? + h,
-            None => x + h,
-        }
-    }
 }
 
 impl Attention {

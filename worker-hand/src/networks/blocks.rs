@@ -1,0 +1,75 @@
+//! What denoisers and autoencoders are both made of.
+
+use candle_core::{Result, Tensor};
+use efferent_worker::{
+    nn::{
+        conv::Conv3x3,
+        linear::Linear,
+        norm::GroupNorm,
+        ops::{self, Activation},
+    },
+    weights::Weights,
+};
+
+/// How every residual block of a network norms and activates.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Norm {
+    pub(super) groups: usize,
+    pub(super) eps: f64,
+    pub(super) activation: Activation,
+}
+
+/// A residual block of two convolutions: diffusers' `ResnetBlock2D`.
+#[derive(Debug)]
+pub(super) struct Residual {
+    norms: [GroupNorm; 2],
+    convolutions: [Conv3x3; 2],
+    time: Option<Linear>,
+    shortcut: Option<Linear>,
+    activation: Activation,
+}
+
+impl Residual {
+    /// `time`: channels of the embedded time, of networks that have any.
+    pub(super) fn new(
+        weights: &mut Weights,
+        name: &str,
+        inputs: usize,
+        outputs: usize,
+        time: Option<usize>,
+        norm: Norm,
+    ) -> Result<Self> {
+        let Norm { groups, eps, activation } = norm;
+        let part = |part: &str| format!("{name}.{part}");
+        Ok(Self {
+            norms: [
+                GroupNorm::new(weights, &part("norm1"), inputs, groups, eps)?,
+                GroupNorm::new(weights, &part("norm2"), outputs, groups, eps)?,
+            ],
+            convolutions: [
+                Conv3x3::load(weights, &part("conv1"), inputs, outputs)?,
+                Conv3x3::load(weights, &part("conv2"), outputs, outputs)?,
+            ],
+            time: time.map(|time| Linear::with_bias(weights, &part("time_emb_proj"), time, outputs)),
+            shortcut: match inputs == outputs {
+                true => None,
+                false => Some(Linear::of_convolution(weights, &part("conv_shortcut"), inputs, outputs)?),
+            },
+            activation,
+        })
+    }
+
+    /// x: (batch, height, width, in), time: (batch, its channels), activated -> (batch, height, width, out)
+    pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
+        let act = |x: Tensor| ops::activate(self.activation, &x);
+        let mut h = self.convolutions[0].forward(&act(self.norms[0].forward(x)?)?)?;
+        if let (Some(layer), Some(time)) = (&self.time, time) {
+            h = h.broadcast_add(&layer.forward(time)?.unsqueeze(1)?.unsqueeze(1)?)?;
+        }
+        let h = self.convolutions[1].forward(&act(self.norms[1].forward(&h)?)?)?;
+        match &self.shortcut {
+            Some(shortcut) => shortcut.forward(x)? + h,
+            None => x + h,
+        }
+    }
+}
