@@ -228,7 +228,7 @@ impl Loader<'_> {
     }
 
     fn attention(&mut self, name: &str, width: usize, heads: usize, blocks: usize) -> Result<Attention> {
-        if heads == 0 || width % heads != 0 {
+        if heads == 0 || !width.is_multiple_of(heads) {
             candle_core::bail!("{heads} heads of {width} channels cannot be ({name})");
         }
         // Attentions have a norm of an epsilon of their own.
@@ -448,12 +448,12 @@ fn check(config: &Config) -> Result<()> {
     if levels == 0 || config.down_block_types.len() != levels || config.up_block_types.len() != levels {
         candle_core::bail!("a UNet's levels are told apart in number: {config:?}");
     }
-    if config.block_out_channels.contains(&0) || config.block_out_channels[0] % 2 != 0 {
+    if config.block_out_channels.contains(&0) || !config.block_out_channels[0].is_multiple_of(2) {
         candle_core::bail!("channels of a UNet cannot be {:?}", config.block_out_channels);
     }
     match (config.addition_embed_type.as_deref(), config.addition_time_embed_dim) {
         (None, _) => {}
-        (Some(TEXT_TIME), Some(width)) if width > 0 && width % 2 == 0 => {}
+        (Some(TEXT_TIME), Some(width)) if width > 0 && width.is_multiple_of(2) => {}
         (kind, width) => {
             candle_core::bail!(
                 "a UNet's addition_embed_type {kind:?} with addition_time_embed_dim {width:?} is not known"

@@ -85,7 +85,7 @@ impl Clip {
     /// If the configuration cannot be: heads that do not divide the width, a size of 0, no width of the projection.
     pub fn new(config: Config, projected: bool, weights: &mut Weights) -> Result<Self> {
         let Config { vocabulary, width, mlp_width, heads, positions, norm_eps, .. } = config;
-        if [vocabulary, width, mlp_width, heads, positions].contains(&0) || width % heads != 0 {
+        if [vocabulary, width, mlp_width, heads, positions].contains(&0) || !width.is_multiple_of(heads) {
             candle_core::bail!("a CLIP text encoder cannot be so: {config:?}");
         }
         let projection = match (projected, config.projection) {

@@ -45,7 +45,7 @@ impl GroupNorm {
     /// # Errors
     /// If the groups do not divide the channels.
     pub fn new(weights: &mut Weights, name: &str, channels: usize, groups: usize, eps: f64) -> Result<Self> {
-        if groups == 0 || channels % groups != 0 {
+        if groups == 0 || !channels.is_multiple_of(groups) {
             candle_core::bail!("{groups} groups of {channels} channels cannot be ({name})");
         }
         let mut get = |part: &str| weights.get(&format!("{name}.{part}"), &[channels]);
