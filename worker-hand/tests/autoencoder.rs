@@ -4,38 +4,24 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::PathBuf;
+mod golden;
 
 use candle_core::{Device, Tensor};
 use efferent_hand::networks::autoencoder::{Autoencoder, Config};
-use efferent_worker::weights::Weights;
+use golden::difference;
 
+const NETWORK: &str = "autoencoder";
 const TOLERANCE: f32 = 1e-5;
-
-fn file(name: &str, file: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/autoencoder").join(name).join(file)
-}
-
-fn config(name: &str) -> serde_json::Value {
-    serde_json::from_slice(&std::fs::read(file(name, "config.json")).unwrap()).unwrap()
-}
-
-fn open(name: &str, part: &str) -> Weights {
-    Weights::open_safetensors(&file(name, part), &Device::Cpu).unwrap()
-}
-
-fn difference(got: &Tensor, expected: &Tensor) -> f32 {
-    (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
-}
 
 #[test]
 fn every_kind_agrees_with_diffusers() {
     for (name, height, width) in [("sd", 12, 8), ("flux", 12, 20), ("plain", 5, 3)] {
-        let mut weights = open(name, "diffusion_pytorch_model.safetensors");
-        let network = Autoencoder::new(serde_json::from_value(config(name)).unwrap(), &mut weights).unwrap();
+        let mut weights = golden::weights(NETWORK, name);
+        let network =
+            Autoencoder::new(serde_json::from_value(golden::config(NETWORK, name)).unwrap(), &mut weights).unwrap();
         weights.finish().unwrap();
         let (factor, channels) = (network.factor(), network.config().latent_channels);
-        let mut golden = open(name, "golden.safetensors");
+        let mut golden = golden::golden(NETWORK, name);
         let mut get = |part: &str, shape: [usize; 4]| golden.get(part, &shape).permute((0, 2, 3, 1)).unwrap();
         let small = [3, channels, height / factor, width / factor];
         let (x, latent) = (get("x", [3, 3, height, width]), get("latent", small));
@@ -62,11 +48,19 @@ fn every_kind_agrees_with_diffusers() {
 
 #[test]
 fn a_latent_is_scaled_as_configured() {
-    let mut weights = open("flux", "diffusion_pytorch_model.safetensors");
-    let network = Autoencoder::new(serde_json::from_value(config("flux")).unwrap(), &mut weights).unwrap();
+    let mut weights = golden::weights(NETWORK, "flux");
+    let network =
+        Autoencoder::new(serde_json::from_value(golden::config(NETWORK, "flux")).unwrap(), &mut weights).unwrap();
     let one = Tensor::new(&[1f32], &Device::Cpu).unwrap();
     let scaled = network.scale(&one).unwrap().to_vec1::<f32>().unwrap()[0];
     assert!((scaled - (1.0 - 0.1159) * 0.3611).abs() < 1e-6, "{scaled}");
+}
+
+#[test]
+fn an_old_configuration_scales_as_it_did() {
+    let mut old = golden::config(NETWORK, "sd");
+    old.as_object_mut().unwrap().remove("scaling_factor").unwrap();
+    assert_eq!(serde_json::from_value::<Config>(old).unwrap().scaling_factor, 0.18215);
 }
 
 #[test]
@@ -78,14 +72,14 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("latent_channels", serde_json::json!(0), "cannot be"),
         ("norm_num_groups", serde_json::json!(5), "5 groups of 8 channels"),
     ] {
-        let mut changed = config("sd");
+        let mut changed = golden::config(NETWORK, "sd");
         changed[field] = value;
         let changed: Config = serde_json::from_value(changed).unwrap();
-        let mut weights = open("sd", "diffusion_pytorch_model.safetensors");
+        let mut weights = golden::weights(NETWORK, "sd");
         let error = Autoencoder::new(changed, &mut weights).unwrap_err().to_string();
         assert!(error.contains(wanted), "{field}: {error}");
     }
-    let mut unknown = config("sd");
+    let mut unknown = golden::config(NETWORK, "sd");
     unknown["down_block_types"][0] = "AttnDownEncoderBlock2D".into();
     let error = serde_json::from_value::<Config>(unknown).unwrap_err().to_string();
     assert!(error.contains("AttnDownEncoderBlock2D"), "{error}");

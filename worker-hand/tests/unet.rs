@@ -5,35 +5,20 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::path::PathBuf;
+mod golden;
 
 use candle_core::{Device, Tensor};
 use efferent_hand::networks::unet::{Added, Config, Unet};
-use efferent_worker::weights::Weights;
+use golden::difference;
 
+const NETWORK: &str = "unet";
 const TOLERANCE: f32 = 1e-5;
 
-fn file(name: &str, file: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/unet").join(name).join(file)
-}
-
-fn config(name: &str) -> serde_json::Value {
-    serde_json::from_slice(&std::fs::read(file(name, "config.json")).unwrap()).unwrap()
-}
-
-fn open(name: &str, part: &str) -> Weights {
-    Weights::open_safetensors(&file(name, part), &Device::Cpu).unwrap()
-}
-
 fn unet(name: &str) -> Unet {
-    let mut weights = open(name, "diffusion_pytorch_model.safetensors");
-    let unet = Unet::new(serde_json::from_value(config(name)).unwrap(), &mut weights).unwrap();
+    let mut weights = golden::weights(NETWORK, name);
+    let unet = Unet::new(serde_json::from_value(golden::config(NETWORK, name)).unwrap(), &mut weights).unwrap();
     weights.finish().unwrap();
     unet
-}
-
-fn difference(got: &Tensor, expected: &Tensor) -> f32 {
-    (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
 }
 
 #[test]
@@ -41,7 +26,7 @@ fn every_kind_agrees_with_diffusers() {
     for (name, height, width, tokens) in [("sd15", 7, 10, 5), ("sd21", 8, 4, 7), ("sdxl", 8, 8, 3), ("odd", 5, 3, 4)] {
         let unet = unet(name);
         let (inputs, outputs) = (unet.config().in_channels, unet.config().out_channels);
-        let mut golden = open(name, "golden.safetensors");
+        let mut golden = golden::golden(NETWORK, name);
         let last = |x: Tensor| x.permute((0, 2, 3, 1)).unwrap();
         let x = last(golden.get("x", &[3, inputs, height, width]));
         let context = golden.get("context", &[3, tokens, 12]);
@@ -91,6 +76,7 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("mid_block_type", serde_json::json!(null), "mid_block_type"),
         ("time_cond_proj_dim", serde_json::json!(256), "time_cond_proj_dim"),
         ("addition_embed_type", serde_json::json!("image"), "addition_embed_type"),
+        ("addition_embed_type", serde_json::json!("text_time"), "projection_class_embeddings_input_dim None"),
         ("block_out_channels", serde_json::json!([8]), "levels"),
         ("block_out_channels", serde_json::json!([]), "levels"),
         ("block_out_channels", serde_json::json!([8, 0, 16]), "channels"),
@@ -99,20 +85,20 @@ fn what_is_not_computed_here_is_refused_by_name() {
         ("norm_num_groups", serde_json::json!(3), "3 groups of 8 channels"),
         ("norm_num_groups", serde_json::json!(0), "0 groups"),
     ] {
-        let mut changed = config("sd15");
+        let mut changed = golden::config(NETWORK, "sd15");
         changed[field] = value;
         let changed: Config = serde_json::from_value(changed).unwrap();
-        let mut weights = open("sd15", "diffusion_pytorch_model.safetensors");
+        let mut weights = golden::weights(NETWORK, "sd15");
         let error = Unet::new(changed, &mut weights).unwrap_err().to_string();
         assert!(error.contains(wanted), "{field}: {error}");
     }
-    let mut unknown = config("sd15");
+    let mut unknown = golden::config(NETWORK, "sd15");
     unknown["down_block_types"][0] = "AttnDownBlock2D".into();
     let error = serde_json::from_value::<Config>(unknown).unwrap_err().to_string();
     assert!(error.contains("AttnDownBlock2D"), "{error}");
     // Weights of another network: everything that differs is told.
-    let mut weights = open("sd21", "diffusion_pytorch_model.safetensors");
-    Unet::new(serde_json::from_value(config("sd15")).unwrap(), &mut weights).unwrap();
+    let mut weights = golden::weights(NETWORK, "sd21");
+    Unet::new(serde_json::from_value(golden::config(NETWORK, "sd15")).unwrap(), &mut weights).unwrap();
     let told = weights.finish().unwrap_err().to_string();
     assert!(told.contains("tensor down_blocks.0.resnets.1.norm1.weight [8] is missing"), "{told}");
     assert!(told.contains("has shape"), "{told}");

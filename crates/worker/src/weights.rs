@@ -306,6 +306,9 @@ mod tests {
             let error = Weights::open_safetensors(&path, &Device::Cpu).unwrap_err().to_string();
             assert!(error.contains(wanted), "{error}");
         }
+        let positions = r#"{"text_model.embeddings.position_ids":{"dtype":"I64","shape":[1],"data_offsets":[0,8]}}"#;
+        let (_folder, path) = write(&safe(positions, &[0; 8]));
+        Weights::open_safetensors(&path, &Device::Cpu).unwrap().finish().unwrap();
         let missing = Weights::open_safetensors(Path::new("/nowhere/w"), &Device::Cpu).unwrap_err();
         assert!(matches!(missing, Error::Read { .. }), "{missing}");
     }

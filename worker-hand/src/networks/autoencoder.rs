@@ -34,7 +34,8 @@ pub struct Config {
     pub norm_num_groups: usize,
     /// Activation.
     pub act_fn: Activation,
-    /// What latents are multiplied by for a denoiser.
+    /// What latents are multiplied by for a denoiser. Stable Diffusion 1.5's configuration is older than the field.
+    #[serde(default = "scaling_factor")]
     pub scaling_factor: f64,
     /// What is taken off latents before that.
     #[serde(default)]
@@ -58,6 +59,10 @@ pub struct Config {
     /// Deviations of latents, channel by channel: not known here.
     #[serde(default)]
     pub latents_std: Option<Vec<f64>>,
+}
+
+fn scaling_factor() -> f64 {
+    0.18215
 }
 
 fn yes() -> bool {

@@ -63,8 +63,10 @@ impl Residual {
     pub(super) fn forward(&self, x: &Tensor, time: Option<&Tensor>) -> Result<Tensor> {
         let act = |x: Tensor| ops::activate(self.activation, &x);
         let mut h = self.convolutions[0].forward(&act(self.norms[0].forward(x)?)?)?;
-        if let (Some(layer), Some(time)) = (&self.time, time) {
-            h = h.broadcast_add(&layer.forward(time)?.unsqueeze(1)?.unsqueeze(1)?)?;
+        match (&self.time, time) {
+            (Some(layer), Some(time)) => h = h.broadcast_add(&layer.forward(time)?.unsqueeze(1)?.unsqueeze(1)?)?,
+            (None, None) => {}
+            _ => candle_core::bail!("a residual block wants a time if and only if it was trained with one"),
         }
         let h = self.convolutions[1].forward(&act(self.norms[1].forward(&h)?)?)?;
         match &self.shortcut {

@@ -27,9 +27,9 @@ pub struct Config {
     /// Channels of each level, from the largest map to the smallest.
     pub block_out_channels: Vec<usize>,
     /// Kind of each level on the way down.
-    pub down_block_types: Vec<DownBlock>,
+    pub down_block_types: Vec<Kind>,
     /// Kind of each level on the way up, from the smallest map to the largest.
-    pub up_block_types: Vec<UpBlock>,
+    pub up_block_types: Vec<Kind>,
     /// Residual blocks of each level on the way down; one more on the way up.
     pub layers_per_block: Each,
     /// Heads of each level. (The name is an old mistake of the format.)
@@ -125,25 +125,14 @@ impl Each {
     }
 }
 
-/// A level on the way down.
+/// A level, on the way down or up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub enum DownBlock {
+pub enum Kind {
     /// With attention.
-    #[serde(rename = "CrossAttnDownBlock2D")]
+    #[serde(rename = "CrossAttnDownBlock2D", alias = "CrossAttnUpBlock2D")]
     Attention,
     /// Without.
-    #[serde(rename = "DownBlock2D")]
-    Plain,
-}
-
-/// A level on the way up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-pub enum UpBlock {
-    /// With attention.
-    #[serde(rename = "CrossAttnUpBlock2D")]
-    Attention,
-    /// Without.
-    #[serde(rename = "UpBlock2D")]
+    #[serde(rename = "DownBlock2D", alias = "UpBlock2D")]
     Plain,
 }
 
@@ -223,6 +212,20 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
+    /// A residual block and what stands beside it: `resnets.{index}` and `attentions.{index}`. attention: (heads, blocks), if there is one.
+    fn step(
+        &mut self,
+        name: &str,
+        index: usize,
+        (inputs, outputs): (usize, usize),
+        attention: Option<(usize, usize)>,
+    ) -> Result<(Residual, Option<Attention>)> {
+        let residual = self.residual(&format!("{name}.resnets.{index}"), inputs, outputs)?;
+        let name = format!("{name}.attentions.{index}");
+        let attention = attention.map(|(heads, blocks)| self.attention(&name, outputs, heads, blocks)).transpose()?;
+        Ok((residual, attention))
+    }
+
     fn residual(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Residual> {
         Residual::new(self.weights, name, inputs, outputs, Some(self.time), self.norm)
     }
@@ -274,7 +277,7 @@ impl Unet {
     /// If the configuration asks for what is not computed here, or cannot be.
     pub fn new(config: Config, weights: &mut Weights) -> Result<Self> {
         check(&config)?;
-        let channels = config.block_out_channels.clone();
+        let channels = &config.block_out_channels;
         let (levels, first) = (channels.len(), channels[0]);
         let time = 4 * first;
         let mut loader = Loader {
@@ -285,22 +288,17 @@ impl Unet {
             weights,
         };
         let heads = config.num_attention_heads.as_ref().unwrap_or(&config.attention_head_dim);
+        let size = |level| -> Result<(usize, usize)> {
+            Ok((heads.of(level, levels)?, config.transformer_layers_per_block.of(level, levels)?))
+        };
+        let attention = |kind, level| (kind == Kind::Attention).then(|| size(level)).transpose();
         let (mut down, mut skipped) = (Vec::new(), vec![first]);
         let mut inputs = first;
         for (level, kind) in config.down_block_types.iter().enumerate() {
             let (name, outputs) = (format!("down_blocks.{level}"), channels[level]);
             let mut blocks = Vec::new();
             for index in 0..config.layers_per_block.of(level, levels)? {
-                let residual = loader.residual(&format!("{name}.resnets.{index}"), inputs, outputs)?;
-                let attention = match kind {
-                    DownBlock::Plain => None,
-                    DownBlock::Attention => {
-                        let depth = config.transformer_layers_per_block.of(level, levels)?;
-                        let heads = heads.of(level, levels)?;
-                        Some(loader.attention(&format!("{name}.attentions.{index}"), outputs, heads, depth)?)
-                    }
-                };
-                blocks.push((residual, attention));
+                blocks.push(loader.step(&name, index, (inputs, outputs), attention(*kind, level)?)?);
                 skipped.push(outputs);
                 inputs = outputs;
             }
@@ -315,10 +313,10 @@ impl Unet {
             down.push(Level { blocks, sampler });
         }
         let width = channels[levels - 1];
-        let depth = config.transformer_layers_per_block.of(levels - 1, levels)?;
+        let (heads, depth) = size(levels - 1)?;
         let middle = (
             loader.residual("mid_block.resnets.0", width, width)?,
-            loader.attention("mid_block.attentions.0", width, heads.of(levels - 1, levels)?, depth)?,
+            loader.attention("mid_block.attentions.0", width, heads, depth)?,
             loader.residual("mid_block.resnets.1", width, width)?,
         );
         let mut up = Vec::new();
@@ -330,16 +328,7 @@ impl Unet {
                 let Some(skip) = skipped.pop() else {
                     candle_core::bail!("a UNet whose levels do not meet: {config:?}")
                 };
-                let residual = loader.residual(&format!("{name}.resnets.{index}"), inputs + skip, outputs)?;
-                let attention = match kind {
-                    UpBlock::Plain => None,
-                    UpBlock::Attention => {
-                        let depth = config.transformer_layers_per_block.of(level, levels)?;
-                        let heads = heads.of(level, levels)?;
-                        Some(loader.attention(&format!("{name}.attentions.{index}"), outputs, heads, depth)?)
-                    }
-                };
-                blocks.push((residual, attention));
+                blocks.push(loader.step(&name, index, (inputs + skip, outputs), attention(*kind, level)?)?);
                 inputs = outputs;
             }
             let sampler = match level > 0 {
@@ -451,14 +440,13 @@ fn check(config: &Config) -> Result<()> {
     if config.block_out_channels.contains(&0) || !config.block_out_channels[0].is_multiple_of(2) {
         candle_core::bail!("channels of a UNet cannot be {:?}", config.block_out_channels);
     }
-    match (config.addition_embed_type.as_deref(), config.addition_time_embed_dim) {
+    let added = (config.addition_time_embed_dim, config.projection_class_embeddings_input_dim);
+    match (config.addition_embed_type.as_deref(), added) {
         (None, _) => {}
-        (Some(TEXT_TIME), Some(width)) if width > 0 && width.is_multiple_of(2) => {}
-        (kind, width) => {
-            candle_core::bail!(
-                "a UNet's addition_embed_type {kind:?} with addition_time_embed_dim {width:?} is not known"
-            )
-        }
+        (Some(TEXT_TIME), (Some(width), Some(_))) if width > 0 && width.is_multiple_of(2) => {}
+        (kind, (width, inputs)) => candle_core::bail!(
+            "a UNet's addition_embed_type {kind:?} with addition_time_embed_dim {width:?} and projection_class_embeddings_input_dim {inputs:?} is not known"
+        ),
     }
     for (field, known) in KNOWN {
         let value = config.others.get(field).map(ToString::to_string);

@@ -5,7 +5,7 @@
 //!
 //! Source: transformers 5.23, `models/clip/modeling_clip.py`. Checked against it by `tests/text.rs`.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use serde::Deserialize;
 
 use super::{
@@ -165,7 +165,7 @@ impl Clip {
     /// # Errors
     /// If shapes do not fit.
     pub fn pooled(&self, ids: &Tensor, normed: &Tensor) -> Result<Tensor> {
-        let rows = ids.to_dtype(DType::U32)?.to_vec2::<u32>()?;
+        let rows = ids.to_vec2::<u32>()?;
         let ends = rows.iter().map(|row| end_of(row, self.config.end));
         let picked = ends.enumerate().map(|(row, end)| normed.get(row)?.get(end)).collect::<Result<Vec<_>>>()?;
         let pooled = Tensor::stack(&picked, 0)?;

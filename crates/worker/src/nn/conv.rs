@@ -1,4 +1,4 @@
-//! 3 x 3 convolution of maps kept as (batch, height, width, channels), by im2col and one matrix product.
+//! 3 x 3 convolution of maps kept as (batch, height, width, channels), by im2col and one matrix product; other sizes of a map.
 //!
 //! candle's own CPU convolution takes 3 times as long on maps of 64 x 64 and more. Channels last means that a row of the
 //! im2col matrix is nine copies of contiguous channels, and that norms over channels read contiguous memory.
@@ -123,7 +123,7 @@ fn every(x: &Tensor, axis: usize, stride: usize) -> Result<Tensor> {
     x.contiguous()?.index_select(&Tensor::new(index, x.device())?, axis)
 }
 
-/// The nearest pixel of another size: (batch, height, width, channels) -> (batch, to, to, channels).
+/// A map in another size, each pixel the nearest one: (batch, .., .., channels) -> (batch, height, width, channels).
 ///
 /// # Errors
 /// If the tensor is not of four dimensions.
