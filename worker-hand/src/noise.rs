@@ -69,21 +69,53 @@ impl MersenneTwister {
 
 /// `count` values of N(0, 1), in the order in which PyTorch fills a contiguous tensor.
 pub fn randn(seed: u64, count: usize) -> Vec<f32> {
-    let mut random = MersenneTwister::new(seed);
-    if count < 16 {
-        return scalar(&mut random, count);
+    Noise::new(seed).normal(count)
+}
+
+/// A generator that tensor after tensor is drawn from.
+#[derive(Debug)]
+pub struct Noise {
+    random: MersenneTwister,
+    /// The second of two normal values that short tensors are drawn with, until it is wanted.
+    second: Option<f64>,
+}
+
+impl Noise {
+    /// A generator of this seed.
+    pub fn new(seed: u64) -> Self {
+        Self { random: MersenneTwister::new(seed), second: None }
     }
-    let mut values: Vec<f32> = (0..count).map(|_| random.uniform_f32()).collect();
-    for chunk in values.as_chunks_mut::<16>().0 {
-        box_muller(chunk);
+
+    /// The next tensor of `count` values of N(0, 1).
+    pub fn normal(&mut self, count: usize) -> Vec<f32> {
+        let random = &mut self.random;
+        if count < 16 {
+            return (0..count).map(|_| self.scalar() as f32).collect();
+        }
+        let mut values: Vec<f32> = (0..count).map(|_| random.uniform_f32()).collect();
+        for chunk in values.as_chunks_mut::<16>().0 {
+            box_muller(chunk);
+        }
+        if !count.is_multiple_of(16) {
+            // PyTorch draws the last 16 values anew, so that its vector code has whole vectors.
+            let mut tail: [f32; 16] = std::array::from_fn(|_| random.uniform_f32());
+            box_muller(&mut tail);
+            values[count - 16..].copy_from_slice(&tail);
+        }
+        values
     }
-    if !count.is_multiple_of(16) {
-        // PyTorch draws the last 16 values anew, so that its vector code has whole vectors.
-        let mut tail: [f32; 16] = std::array::from_fn(|_| random.uniform_f32());
-        box_muller(&mut tail);
-        values[count - 16..].copy_from_slice(&tail);
+
+    /// Short tensors are drawn in f64, two at a time.
+    fn scalar(&mut self) -> f64 {
+        if let Some(second) = self.second.take() {
+            return second;
+        }
+        let (u1, u2) = (self.random.uniform_f64(), self.random.uniform_f64());
+        let radius = (-2.0 * (-u2).ln_1p()).sqrt();
+        let theta = std::f64::consts::TAU * u1;
+        self.second = Some(radius * theta.sin());
+        radius * theta.cos()
     }
-    values
 }
 
 fn box_muller(values: &mut [f32; 16]) {
@@ -94,19 +126,4 @@ fn box_muller(values: &mut [f32; 16]) {
         values[j] = radius * theta.cos();
         values[j + 8] = radius * theta.sin();
     }
-}
-
-/// Short tensors are drawn in f64, two at a time.
-fn scalar(random: &mut MersenneTwister, count: usize) -> Vec<f32> {
-    let mut cached = None;
-    let mut draw = || {
-        cached.take().unwrap_or_else(|| {
-            let (u1, u2) = (random.uniform_f64(), random.uniform_f64());
-            let radius = (-2.0 * (-u2).ln_1p()).sqrt();
-            let theta = std::f64::consts::TAU * u1;
-            cached = Some(radius * theta.sin());
-            radius * theta.cos()
-        })
-    };
-    (0..count).map(|_| draw() as f32).collect()
 }

@@ -1,11 +1,12 @@
 //! The hand of the shipped pipeline: 96 x 96 pictures by flow matching on a 12 x 12 x 16 latent.
 //!
-//! Read in this order: this file (the engine), `network` (the denoiser), `decode` (latent to picture).
+//! Read in this order: this file (the engine), `network` (the denoiser), `trajectory` (its samplers), `decode` (latent to picture).
 
 mod decode;
 mod network;
 #[cfg(test)]
 mod tests;
+mod trajectory;
 
 use bytes::Bytes;
 use candle_core::{Device, Tensor};
@@ -24,11 +25,12 @@ use efferent_worker::{
 use image::RgbImage;
 use serde::Deserialize;
 
-use self::{decode::Decoder, network::Network};
-use crate::{
-    noise::randn,
-    samplers::{Sampler, Trajectory, schedule},
+use self::{
+    decode::Decoder,
+    network::Network,
+    trajectory::{Sampler, Trajectory, schedule},
 };
+use crate::noise::randn;
 
 /// Channels of the latent.
 const CHANNELS: usize = 16;

@@ -1,4 +1,4 @@
-//! Samplers of flow matching: from noise (time 0) to the picture (time 1).
+//! Its samplers, of flow matching: from noise (time 0) to the picture (time 1).
 //!
 //! `z_t = t x + (1 - t) e`, and the network predicts the clean latent `x`; so `dz/dt = (x - z) / (1 - t)`. Each sample has a
 //! [`Trajectory`] of its own: samples at different steps, of different lengths, share a forward pass.
@@ -10,7 +10,7 @@ const MIN_REST: f32 = 0.02;
 
 /// How a step is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Sampler {
+pub(super) enum Sampler {
     /// First order, one evaluation a step.
     Euler,
     /// Second order (Heun's method), two evaluations a step; the last step is Euler's.
@@ -19,10 +19,10 @@ pub enum Sampler {
 
 impl Sampler {
     /// Every sampler; the first is the default.
-    pub const ALL: [Self; 2] = [Self::Euler, Self::Heun];
+    pub(super) const ALL: [Self; 2] = [Self::Euler, Self::Heun];
 
     /// The name in requests.
-    pub fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Euler => "euler",
             Self::Heun => "heun",
@@ -44,7 +44,7 @@ impl FromStr for Sampler {
 
 /// Times of `steps` steps, `steps + 1` values from 0 to 1: `t / (t + shift (1 - t))` of even spacing. A shift above 1 spends
 /// more steps near the noise.
-pub fn schedule(steps: usize, shift: f32) -> Vec<f32> {
+pub(super) fn schedule(steps: usize, shift: f32) -> Vec<f32> {
     (0..=steps).map(|i| linspace(i, steps)).map(|t| t / (t + shift * (1.0 - t))).collect()
 }
 
@@ -56,32 +56,32 @@ fn linspace(i: usize, steps: usize) -> f32 {
 
 /// Where a sample is on its way: the latent and what the sampler remembers between evaluations.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Trajectory {
+pub(super) struct Trajectory {
     /// How a step is made.
-    pub sampler: Sampler,
+    pub(super) sampler: Sampler,
     /// Noisy latent at the start of the step, flattened.
-    pub latent: Vec<f32>,
+    pub(super) latent: Vec<f32>,
     /// The last prediction of the clean latent; empty before the first evaluation.
-    pub clean: Vec<f32>,
+    pub(super) clean: Vec<f32>,
 }
 
 /// What to evaluate for the rest of a step.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Correction {
+pub(super) struct Correction {
     /// Euler's guess of the latent at the step's end.
-    pub latent: Vec<f32>,
+    pub(super) latent: Vec<f32>,
     velocity: Vec<f32>,
 }
 
 impl Trajectory {
     /// From noise.
-    pub fn new(sampler: Sampler, noise: Vec<f32>) -> Self {
+    pub(super) fn new(sampler: Sampler, noise: Vec<f32>) -> Self {
         Self { sampler, latent: noise, clean: Vec::new() }
     }
 
     /// Takes the prediction made at (`latent`, `times[step]`). Ends the step, or tells what else to evaluate, at
     /// `times[step + 1]`, and to hand to [`Trajectory::correct`].
-    pub fn advance(&mut self, times: &[f32], step: usize, clean: Vec<f32>) -> Option<Correction> {
+    pub(super) fn advance(&mut self, times: &[f32], step: usize, clean: Vec<f32>) -> Option<Correction> {
         let (now, next) = (times[step], times[step + 1]);
         if step + 2 >= times.len() {
             self.latent.clone_from(&clean);
@@ -108,7 +108,7 @@ impl Trajectory {
     }
 
     /// Ends a step with the prediction made at (`correction.latent`, `times[step + 1]`).
-    pub fn correct(&mut self, times: &[f32], step: usize, correction: &Correction, clean: Vec<f32>) {
+    pub(super) fn correct(&mut self, times: &[f32], step: usize, correction: &Correction, clean: Vec<f32>) {
         let (now, next) = (times[step], times[step + 1]);
         let second = velocity(&correction.latent, &clean, next);
         for ((z, v1), v2) in self.latent.iter_mut().zip(&correction.velocity).zip(&second) {

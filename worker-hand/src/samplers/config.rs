@@ -1,0 +1,179 @@
+//! `scheduler_config.json`: what a network was trained with, and which sampler it comes with.
+
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
+
+use super::{Error, Sampler};
+
+/// Fields that say nothing of the mathematics, or are read where they are used.
+const KNOWN: [&str; 33] = [
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "rescale_betas_zero_snr",
+    "final_sigmas_type",
+    "use_karras_sigmas",
+    "sigma_min",
+    "sigma_max",
+    "clip_sample",
+    "clip_sample_range",
+    "set_alpha_to_one",
+    "skip_prk_steps",
+    "solver_order",
+    "solver_type",
+    "algorithm_type",
+    "lower_order_final",
+    "euler_at_final",
+    "use_flow_sigmas",
+    "flow_shift",
+    "disable_corrector",
+    "original_inference_steps",
+    "timestep_scaling",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+    "base_image_seq_len",
+    "max_image_seq_len",
+    "stochastic_sampling",
+];
+
+/// Fields with the only values that are computed here; `null` is one too. Of those that belong to other fields, which are off, any value is fine.
+const NEUTRAL: [(&str, &[&str]); 17] = [
+    ("trained_betas", &[]),
+    ("thresholding", &["false"]),
+    ("dynamic_thresholding_ratio", &["*"]),
+    ("sample_max_value", &["*"]),
+    ("interpolation_type", &["\"linear\""]),
+    ("timestep_type", &["\"discrete\""]),
+    ("use_exponential_sigmas", &["false"]),
+    ("use_beta_sigmas", &["false"]),
+    ("use_lu_lambdas", &["false"]),
+    ("lambda_min_clipped", &[]),
+    ("variance_type", &[]),
+    ("predict_x0", &["true"]),
+    ("solver_p", &[]),
+    ("time_shift_type", &["\"exponential\""]),
+    ("invert_sigmas", &["false"]),
+    ("shift_terminal", &[]),
+    ("skip_type", &["*"]),
+];
+
+/// Fields as the file has them. What it leaves out is filled in with the defaults of the sampler that is asked for, as diffusers does when it makes one
+/// scheduler from another's configuration.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The scheduler's class.
+    pub class: String,
+    fields: Map<String, Value>,
+}
+
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error as _;
+        let fields = Map::deserialize(deserializer)?;
+        let class = fields.get("_class_name").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let config = Self { class, fields };
+        config.check().map_err(D::Error::custom)?;
+        Ok(config)
+    }
+}
+
+impl Config {
+    fn check(&self) -> Result<(), Error> {
+        for (field, value) in self.fields.iter().filter(|(field, _)| !field.starts_with('_')) {
+            let neutral = NEUTRAL.iter().find(|(name, _)| name == field);
+            let fine = match neutral {
+                Some((_, values)) => {
+                    value.is_null() || values.iter().any(|known| *known == "*" || value.to_string() == **known)
+                }
+                None => KNOWN.contains(&&**field),
+            };
+            if !fine {
+                return Err(Error(format!("{field} = {value} is not known")));
+            }
+        }
+        self.own().map(drop)
+    }
+
+    /// The sampler that the network comes with.
+    ///
+    /// # Errors
+    /// If its class is not known.
+    pub fn own(&self) -> Result<Sampler, Error> {
+        match &*self.class {
+            "DDIMScheduler" => Ok(Sampler::Ddim),
+            "PNDMScheduler" => Ok(Sampler::Pndm),
+            "EulerDiscreteScheduler" | FLOW_EULER => Ok(Sampler::Euler),
+            "EulerAncestralDiscreteScheduler" => Ok(Sampler::EulerAncestral),
+            "HeunDiscreteScheduler" => Ok(Sampler::Heun),
+            DPM => Ok(Sampler::DpmPp2m),
+            UNIPC => Ok(Sampler::UniPc),
+            "LCMScheduler" => Ok(Sampler::Lcm),
+            class => Err(Error(format!("_class_name {class:?} is not known"))),
+        }
+    }
+
+    /// Whether the network predicts a flow: the noise level is the share of noise.
+    pub fn is_flow(&self) -> bool {
+        self.class == FLOW_EULER || self.flag("use_flow_sigmas", false).unwrap_or(false)
+    }
+
+    /// Samplers that can be had with this configuration, its own first.
+    pub fn samplers(&self) -> Vec<Sampler> {
+        let own = self.own().ok();
+        let others: &[Sampler] = match self.is_flow() {
+            true if self.class == FLOW_EULER => &[],
+            true => &[Sampler::DpmPp2m, Sampler::UniPc, Sampler::Euler],
+            false => &Sampler::ALL,
+        };
+        let others = others.iter().copied().filter(|sampler| Some(*sampler) != own);
+        let others =
+            others.filter(|sampler| *sampler != Sampler::Pndm || self.flag("skip_prk_steps", false) == Ok(true));
+        own.into_iter().chain(others).collect()
+    }
+
+    fn value<T>(&self, field: &str, default: T, read: impl Fn(&Value) -> Option<T>) -> Result<T, Error> {
+        match self.fields.get(field).filter(|value| !value.is_null()) {
+            None => Ok(default),
+            Some(value) => read(value).ok_or_else(|| Error(format!("{field} cannot be {value}"))),
+        }
+    }
+
+    pub(super) fn flag(&self, field: &str, default: bool) -> Result<bool, Error> {
+        self.value(field, default, Value::as_bool)
+    }
+
+    pub(super) fn number(&self, field: &str, default: f64) -> Result<f64, Error> {
+        self.value(field, default, Value::as_f64)
+    }
+
+    pub(super) fn optional(&self, field: &str) -> Result<Option<f64>, Error> {
+        self.value(field, None, |value| value.as_f64().map(Some))
+    }
+
+    pub(super) fn count(&self, field: &str, default: usize) -> Result<usize, Error> {
+        self.value(field, default, |value| value.as_u64().and_then(|count| usize::try_from(count).ok()))
+    }
+
+    pub(super) fn word<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str, Error> {
+        match self.fields.get(field).filter(|value| !value.is_null()) {
+            None => Ok(default),
+            Some(value) => value.as_str().ok_or_else(|| Error(format!("{field} cannot be {value}"))),
+        }
+    }
+
+    pub(super) fn counts(&self, field: &str) -> Result<Vec<usize>, Error> {
+        self.value(field, Vec::new(), |value| {
+            value.as_array()?.iter().map(|v| v.as_u64().and_then(|count| usize::try_from(count).ok())).collect()
+        })
+    }
+}
+
+pub(super) const FLOW_EULER: &str = "FlowMatchEulerDiscreteScheduler";
+const DPM: &str = "DPMSolverMultistepScheduler";
+const UNIPC: &str = "UniPCMultistepScheduler";
