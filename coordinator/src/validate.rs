@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use efferent_proto::{
     ApiError, names, time,
-    v1::{EncodeRequest, ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size},
+    v1::{EncodeRequest, ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size, SizeRange},
     work::MAX_DEADLINE,
 };
 
@@ -123,9 +123,10 @@ pub fn resolve(
             .first()
             .copied()
             .ok_or_else(|| not_offered("size", "", format!("model {name} offers no size")))?,
-        Some(size) if model.sizes.contains(&size) => size,
+        Some(size) if model.sizes.contains(&size) || model.size_range.is_some_and(|range| fits(&range, size)) => size,
         Some(size) => {
-            let offer = model.sizes.iter().map(size_name).collect::<Vec<_>>().join(", ");
+            let sizes = model.sizes.iter().map(size_name).collect::<Vec<_>>().join(", ");
+            let offer = sizes + &model.size_range.map(|range| range_name(&range)).unwrap_or_default();
             let message = format!("model {name} does not offer size {}; it offers {offer}", size_name(&size));
             return Err(not_offered("size", offer, message));
         }
@@ -208,6 +209,18 @@ pub fn encoding(request: EncodeRequest, retention: Duration) -> Result<(Generate
     Ok((request, keep))
 }
 
+/// Whether a size is one of those by rule.
+fn fits(range: &SizeRange, size: Size) -> bool {
+    let SizeRange { multiple, min_side, max_side, max_pixels } = *range;
+    let side = |side: u32| (min_side..=max_side).contains(&side) && multiple > 0 && side.is_multiple_of(multiple);
+    side(size.width) && side(size.height) && u64::from(size.width) * u64::from(size.height) <= max_pixels
+}
+
+fn range_name(range: &SizeRange) -> String {
+    let SizeRange { multiple, min_side, max_side, max_pixels } = range;
+    format!(" and sides of {min_side} to {max_side} in steps of {multiple} with at most {max_pixels} pixels")
+}
+
 fn size_name(size: &Size) -> String {
     format!("{}x{}", size.width, size.height)
 }
@@ -252,6 +265,24 @@ mod tests {
     }
 
     #[test]
+    fn sizes_may_be_offered_by_rule() {
+        let range = SizeRange { multiple: 8, min_side: 64, max_side: 2048, max_pixels: 1 << 20 };
+        let model = Model { size_range: Some(range), ..model() };
+        let sized = |width, height| {
+            let size = Some(Size { width, height });
+            let request = GenerateRequest { prompt: "a cat".to_owned(), size, ..Default::default() };
+            resolve(request, &model, Duration::from_secs(60)).map_err(|error| error.message)
+        };
+        for (width, height) in [(96, 96), (64, 2048), (1024, 1024), (72, 200)] {
+            assert!(sized(width, height).is_ok(), "{width}x{height}");
+        }
+        for (width, height) in [(0, 0), (100, 64), (56, 64), (2056, 64), (1024, 1032), (u32::MAX, u32::MAX)] {
+            let message = sized(width, height).unwrap_err();
+            assert!(message.contains("96x96 and sides of 64 to 2048 in steps of 8"), "{message}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_done_names_the_field_and_the_limit() {
         use ErrorCode::{InvalidField, LimitExceeded, NotOffered};
         type Change = Box<dyn FnOnce(&mut GenerateRequest)>;
@@ -264,6 +295,7 @@ mod tests {
             (Box::new(|r| r.image_count = Some(0)), LimitExceeded, "image_count", "1..=16"),
             (Box::new(|r| r.image_count = Some(17)), LimitExceeded, "image_count", "1..=16"),
             (Box::new(|r| r.size = Some(Size { width: 512, height: 512 })), NotOffered, "size", "96x96"),
+            (Box::new(|r| r.size = Some(Size { width: 0, height: 96 })), NotOffered, "size", "96x96"),
             (Box::new(|r| r.guidance_scale = Some(f32::NAN)), InvalidField, "guidance_scale", ""),
             (Box::new(|r| r.guidance_scale = Some(-1.0)), InvalidField, "guidance_scale", ""),
             (Box::new(|r| r.guidance_scale = Some(11.0)), LimitExceeded, "guidance_scale", "0..=10"),

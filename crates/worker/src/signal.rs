@@ -17,6 +17,11 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// Most tokens of a stream.
 pub const MAX_TOKENS: u32 = 65_536;
 
+/// Label of the pooled vector of the prompt.
+pub const CONDITIONAL: &str = "conditional";
+/// Label of the pooled vector of the negative prompt.
+pub const UNCONDITIONAL: &str = "unconditional";
+
 /// `pictogram/256/queries16@24/rms#0123abcd`: a space for people to read.
 pub fn space_name(space: &ControlSpace) -> String {
     let revision = if space.revision.is_empty() { String::new() } else { format!("#{}", space.revision) };

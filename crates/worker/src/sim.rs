@@ -51,6 +51,7 @@ pub fn model() -> Model {
         max_image_count: 16,
         max_prompt_tokens: 512,
         negative_prompt: true,
+        size_range: None,
         live_brains: 0,
         live_hands: 0,
     }

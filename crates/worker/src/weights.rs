@@ -72,24 +72,26 @@ impl Weights {
     /// # Errors
     /// If the file cannot be read, is malformed, or has values of another type or that are not finite.
     pub fn open_safetensors(path: &Path, device: &Device) -> Result<Self, Error> {
-        let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
-        check_size(path)?;
-        let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-        let file = safetensors::SafeTensors::deserialize(&bytes)
-            .map_err(|error| malformed(format!("not a safetensors file, or a truncated one: {error}")))?;
-        // Positions that old versions of transformers saved beside the weights: integers that count from 0.
-        let views: Vec<_> = file.iter().filter(|(name, _)| !name.ends_with("position_ids")).collect();
-        let tensors = views
-            .into_par_iter()
-            .map(|(name, view)| {
-                let values = floats(view.dtype(), view.data()).ok_or_else(|| {
-                    malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", view.dtype()))
-                })?;
-                let tensor = Tensor::from_vec(values, view.shape(), device);
-                Ok((name.to_owned(), tensor.map_err(|error| malformed(format!("tensor {name}: {error}")))?))
-            })
-            .collect::<Result<BTreeMap<_, _>, Error>>()?;
-        Self::checked(path, device, tensors)
+        Self::checked(path, device, read_safetensors(path, device)?)
+    }
+
+    /// Reads every tensor of several safetensors files, which are shards of one.
+    ///
+    /// # Errors
+    /// As [`Weights::open_safetensors`], and if two have a tensor of the same name.
+    pub fn open_shards(paths: &[PathBuf], device: &Device) -> Result<Self, Error> {
+        let mut tensors = BTreeMap::new();
+        for path in paths {
+            for (name, tensor) in read_safetensors(path, device)? {
+                if tensors.insert(name.clone(), tensor).is_some() {
+                    return Err(Error::Malformed {
+                        path: path.clone(),
+                        what: format!("tensor {name} is in another shard too"),
+                    });
+                }
+            }
+        }
+        Self::checked(paths.first().map_or(Path::new(""), |path| path), device, tensors)
     }
 
     /// The `wanted` tensors of a GGUF file, dequantised to f32.
@@ -160,6 +162,27 @@ impl Weights {
             false => Err(Error::Mismatch { path: self.path, differences: self.differences }),
         }
     }
+}
+
+fn read_safetensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>, Error> {
+    let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
+    check_size(path)?;
+    let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let file = safetensors::SafeTensors::deserialize(&bytes)
+        .map_err(|error| malformed(format!("not a safetensors file, or a truncated one: {error}")))?;
+    // Positions that old versions of transformers saved beside the weights: integers that count from 0.
+    let views: Vec<_> = file.iter().filter(|(name, _)| !name.ends_with("position_ids")).collect();
+    let tensors = views
+        .into_par_iter()
+        .map(|(name, view)| {
+            let values = floats(view.dtype(), view.data()).ok_or_else(|| {
+                malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", view.dtype()))
+            })?;
+            let tensor = Tensor::from_vec(values, view.shape(), device);
+            Ok((name.to_owned(), tensor.map_err(|error| malformed(format!("tensor {name}: {error}")))?))
+        })
+        .collect::<Result<BTreeMap<_, _>, Error>>()?;
+    Ok(tensors)
 }
 
 /// A GGUF file in memory: metadata (tokenizer, sizes) and tensors, read once.

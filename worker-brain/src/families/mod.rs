@@ -2,6 +2,7 @@
 
 pub mod sim;
 pub mod smollm2;
+pub mod text_encoders;
 
 use std::path::{Path, PathBuf};
 
@@ -18,8 +19,8 @@ use efferent_worker::{
 pub struct Source {
     /// Which brain and connector.
     pub pipeline: Pipeline,
-    /// The language model's weights.
-    pub weights: PathBuf,
+    /// The language model's weights, where they are not in the model folder.
+    pub weights: Option<PathBuf>,
     /// Where to compute.
     pub device: Device,
 }
@@ -27,9 +28,9 @@ pub struct Source {
 type Load = fn(&Source) -> Result<Box<dyn Brain>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 1] = [("smollm2", smollm2::load)];
+pub const FAMILIES: [(&str, Load); 2] = [("smollm2", smollm2::load), ("text-encoders", text_encoders::load)];
 
-/// Builds the brain of a pipeline. Its weights are looked for in the home folder.
+/// Builds the brain of a pipeline. Weights that are not in its folder are looked for in the home folder.
 pub fn factory(pipeline: &Pipeline, home: &Path, device: Device) -> Factory<dyn Brain> {
     let source = Source { pipeline: pipeline.clone(), weights: pipeline.brain_weights(home), device };
     Box::new(move || {

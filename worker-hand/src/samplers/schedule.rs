@@ -2,7 +2,9 @@
 //!
 //! What diffusers computes in f32 is computed in f32 here, and what in f64 in f64, in the same order, so that the numbers agree to their last digits.
 
-use super::{Config, Error, Sampler, config::FLOW_EULER};
+use efferent_worker::pipeline::scheduler::FLOW_EULER;
+
+use super::{Config, Error, Sampler};
 
 /// What a network predicts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

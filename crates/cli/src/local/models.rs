@@ -26,8 +26,8 @@ pub(crate) fn list(settings: &Settings, as_json: bool) -> Result<(), Failure> {
         let shown = folder.display().to_string();
         match Pipeline::open(&folder) {
             Ok(pipeline) => {
-                let weights = pipeline.brain_weights(&settings.local.home);
-                let state = if weights.is_file() { "there" } else { "to be fetched" };
+                let weights = pipeline.brain_weights(&settings.local.home).unwrap_or_else(|| folder.clone());
+                let state = if weights.exists() { "there" } else { "to be fetched" };
                 rows.push(vec![
                     pipeline.name().to_owned(),
                     state.to_owned(),
@@ -39,7 +39,7 @@ pub(crate) fn list(settings: &Settings, as_json: bool) -> Result<(), Failure> {
                     "folder": shown,
                     "description": pipeline.description(),
                     "brain_weights": weights.display().to_string(),
-                    "brain_weights_present": weights.is_file(),
+                    "brain_weights_present": weights.exists(),
                     "error": null,
                 }));
             }
@@ -73,5 +73,5 @@ pub(crate) fn fetch(settings: &Settings, name: Option<&str>) -> Result<(), Failu
     if engines::fetch_weights(&pipeline, settings)? == Fetched::Present {
         output::note("the weights are there and right");
     }
-    output::line(pipeline.brain_weights(&settings.local.home).display())
+    output::line(pipeline.brain_weights(&settings.local.home).unwrap_or_else(|| pipeline.folder().to_owned()).display())
 }

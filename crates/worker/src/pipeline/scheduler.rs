@@ -1,9 +1,89 @@
-//! `scheduler_config.json`: what a network was trained with, and which sampler it comes with.
+//! `scheduler_config.json`: what a network was trained with, which sampler it comes with, and which others fit it.
+//!
+//! What is made of it is the hand's (`worker-hand/src/samplers`).
+//!
+//! Source: diffusers 0.42.1, `schedulers/`.
+
+use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
-use super::{Error, Sampler};
+/// A way from noise to a latent, by its name in requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Sampler {
+    /// `DDIMScheduler`, without added noise.
+    Ddim,
+    /// `PNDMScheduler` by linear multistep (`skip_prk_steps`); its first step asks twice.
+    Pndm,
+    /// `EulerDiscreteScheduler`, or `FlowMatchEulerDiscreteScheduler` of networks that predict a flow.
+    Euler,
+    /// `EulerAncestralDiscreteScheduler`: noise is added in each step.
+    EulerAncestral,
+    /// `HeunDiscreteScheduler`: second order, two evaluations a step.
+    Heun,
+    /// `DPMSolverMultistepScheduler`.
+    DpmPp2m,
+    /// The same with the noise levels of Karras et al.
+    DpmPp2mKarras,
+    /// `UniPCMultistepScheduler`.
+    UniPc,
+    /// `LCMScheduler`, for networks distilled into few steps.
+    Lcm,
+}
+
+impl Sampler {
+    /// Every sampler.
+    pub const ALL: [Self; 9] = [
+        Self::Ddim,
+        Self::Pndm,
+        Self::Euler,
+        Self::EulerAncestral,
+        Self::Heun,
+        Self::DpmPp2m,
+        Self::DpmPp2mKarras,
+        Self::UniPc,
+        Self::Lcm,
+    ];
+
+    /// The name in requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ddim => "ddim",
+            Self::Pndm => "pndm",
+            Self::Euler => "euler",
+            Self::EulerAncestral => "euler-ancestral",
+            Self::Heun => "heun",
+            Self::DpmPp2m => "dpmpp-2m",
+            Self::DpmPp2mKarras => "dpmpp-2m-karras",
+            Self::UniPc => "unipc",
+            Self::Lcm => "lcm",
+        }
+    }
+}
+
+impl fmt::Display for Sampler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Sampler {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        Self::ALL
+            .into_iter()
+            .find(|s| s.name() == name)
+            .ok_or_else(|| format!("no sampler {name:?}; known are {}", known()))
+    }
+}
+
+/// Why there is no such schedule: words that name the field or the number.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("scheduler: {0}")]
+pub struct Error(pub String);
 
 /// Fields that say nothing of the mathematics, or are read where they are used.
 const KNOWN: [&str; 33] = [
@@ -144,36 +224,61 @@ impl Config {
         }
     }
 
-    pub(super) fn flag(&self, field: &str, default: bool) -> Result<bool, Error> {
+    /// A field that is true or false.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn flag(&self, field: &str, default: bool) -> Result<bool, Error> {
         self.value(field, default, Value::as_bool)
     }
 
-    pub(super) fn number(&self, field: &str, default: f64) -> Result<f64, Error> {
+    /// A field that is a number.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn number(&self, field: &str, default: f64) -> Result<f64, Error> {
         self.value(field, default, Value::as_f64)
     }
 
-    pub(super) fn optional(&self, field: &str) -> Result<Option<f64>, Error> {
+    /// A field that is a number, or not there.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn optional(&self, field: &str) -> Result<Option<f64>, Error> {
         self.value(field, None, |value| value.as_f64().map(Some))
     }
 
-    pub(super) fn count(&self, field: &str, default: usize) -> Result<usize, Error> {
+    /// A field that is a whole number.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn count(&self, field: &str, default: usize) -> Result<usize, Error> {
         self.value(field, default, |value| value.as_u64().and_then(|count| usize::try_from(count).ok()))
     }
 
-    pub(super) fn word<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str, Error> {
+    /// A field that is a word.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn word<'a>(&'a self, field: &str, default: &'a str) -> Result<&'a str, Error> {
         match self.fields.get(field).filter(|value| !value.is_null()) {
             None => Ok(default),
             Some(value) => value.as_str().ok_or_else(|| Error(format!("{field} cannot be {value}"))),
         }
     }
 
-    pub(super) fn counts(&self, field: &str) -> Result<Vec<usize>, Error> {
+    /// A field that is a list of whole numbers.
+    ///
+    /// # Errors
+    /// If it is something else.
+    pub fn counts(&self, field: &str) -> Result<Vec<usize>, Error> {
         self.value(field, Vec::new(), |value| {
             value.as_array()?.iter().map(|v| v.as_u64().and_then(|count| usize::try_from(count).ok())).collect()
         })
     }
 }
 
-pub(super) const FLOW_EULER: &str = "FlowMatchEulerDiscreteScheduler";
+/// The class of flow matching by Euler's method.
+pub const FLOW_EULER: &str = "FlowMatchEulerDiscreteScheduler";
 const DPM: &str = "DPMSolverMultistepScheduler";
 const UNIPC: &str = "UniPCMultistepScheduler";

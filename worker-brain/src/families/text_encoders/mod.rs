@@ -1,0 +1,239 @@
+//! Text encoders as they are, without a connector: what the pipelines of diffusers condition their denoisers on.
+//!
+//! Which encoders there are, at which layer each is read and how their states are joined is data (`brain.config`), written for a folder of diffusers by
+//! `crates/worker/src/pipeline/diffusers.rs`. Read in this order: this file (prompts to control signals), [`tokenizer`], [`encoder`].
+
+pub mod encoder;
+pub mod tokenizer;
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+use efferent_proto::{
+    ApiError,
+    internal::{
+        Branch, ControlHeader, ControlSignal, ControlSpace, ControlStream, GuidanceFormula, PooledVector, StreamRole,
+        UnconditionalPolicy,
+    },
+    v1::ErrorCode,
+};
+use efferent_worker::{
+    engine::{Brain, EmbedRequest, EngineError, EngineSpec},
+    nn::rows::on_pool,
+    signal,
+};
+use rayon::prelude::*;
+use serde::Deserialize;
+
+use self::encoder::{Encoder, Layer};
+use super::{Source, unloadable};
+
+/// Texts of a batch.
+const MAX_TEXTS: usize = 16;
+
+/// `brain.config` of a pipeline.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Config {
+    encoders: Vec<encoder::Config>,
+    /// The text stream: groups of tokens, one after the other; each is the states of several encoders, joined channel by channel.
+    text: Vec<Vec<Read>>,
+    /// Encoders whose pooled vectors are joined; none for no pooled vector.
+    pooled: Vec<usize>,
+    /// What the space calls the states.
+    layers: String,
+    empty_negative: EmptyNegative,
+}
+
+/// States of an encoder.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Read {
+    /// Which, counted from 0.
+    encoder: usize,
+    layer: Layer,
+}
+
+/// What stands for a negative prompt that is not given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum EmptyNegative {
+    /// The states of an empty text.
+    Text,
+    /// Zeros.
+    Zeros,
+}
+
+struct TextEncoders {
+    spec: EngineSpec,
+    space: ControlSpace,
+    header: ControlHeader,
+    config: Config,
+    encoders: Vec<Encoder>,
+    /// An empty negative prompt is by far the most frequent text.
+    empty: Option<Encoded>,
+}
+
+/// What a text comes to.
+#[derive(Debug, Clone)]
+struct Encoded {
+    /// (tokens, width)
+    text: Tensor,
+    pooled: Vec<f32>,
+}
+
+/// Loads the encoders.
+///
+/// # Errors
+/// If a file cannot be read, is malformed, or does not fit the manifest.
+pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
+    let Source { pipeline, device, .. } = source;
+    let config: Config =
+        pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
+    let impossible = |what: &str| EngineError::from(ApiError::new(ErrorCode::InvalidField, what).field("brain.config"));
+    if let Some(part) = pipeline.connector() {
+        return Err(impossible(&format!("text encoders have no connector, {} is one", part.name)));
+    }
+    let asked = config.text.iter().flatten().map(|read| read.encoder).chain(config.pooled.iter().copied());
+    if config.text.is_empty() || config.text.iter().any(Vec::is_empty) || asked.max() >= Some(config.encoders.len()) {
+        return Err(impossible("brain.config reads encoders that are not there, or none"));
+    }
+    let load = |part: &encoder::Config| Encoder::load(pipeline.folder(), part, device);
+    let encoders = config.encoders.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    let width = |group: &Vec<Read>| group.iter().map(|read| encoders[read.encoder].width()).sum::<usize>();
+    let width = config.text.iter().map(width).max().unwrap_or(0);
+    let space = pipeline.space(width as u32, config.layers.clone(), "none");
+    let tokens = config.encoders.iter().map(|part| part.max_tokens).max().unwrap_or(0);
+    let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_TEXTS * tokens, simulated: false };
+    let template = blake3::hash(pipeline.brain().config.to_string().as_bytes());
+    let header = ControlHeader {
+        schema_version: signal::SCHEMA_VERSION,
+        brain_hash: pipeline.brain_hash().to_owned(),
+        connector_hash: String::new(),
+        template_hash: template.to_hex()[..16].to_owned(),
+        space: Some(space.clone()),
+    };
+    Ok(Box::new(TextEncoders { spec, space, header, config, encoders, empty: None }))
+}
+
+impl TextEncoders {
+    /// The tokens of a text for each encoder; refuses one that is too long.
+    fn ids(&self, field: &str, text: &str) -> Result<Vec<Vec<u32>>, EngineError> {
+        self.encoders.iter().map(|encoder| encoder.ids(field, text)).collect()
+    }
+
+    fn encode(&self, text: &str) -> Result<Encoded, EngineError> {
+        let ids = self.ids("prompt", text)?;
+        let read: Vec<encoder::States> =
+            self.encoders.iter().zip(&ids).map(|(encoder, ids)| encoder.states(ids)).collect::<Result<_, _>>()?;
+        let group = |group: &Vec<Read>| {
+            let parts = group.iter().map(|part| read[part.encoder].layer(part.layer)).collect::<Result<Vec<_>, _>>()?;
+            Tensor::cat(&parts, 1)
+        };
+        let groups = self.config.text.iter().map(group).collect::<candle_core::Result<Vec<_>>>()?;
+        let mut pooled = Vec::new();
+        for encoder in &self.config.pooled {
+            pooled.extend(read[*encoder].pooled()?);
+        }
+        Ok(Encoded { text: joined(&groups)?.to_device(&Device::Cpu)?, pooled })
+    }
+
+    fn signal(&self, positive: &Encoded, negative: Option<&Encoded>) -> Result<ControlSignal, EngineError> {
+        let stream = |branch, encoded: &Encoded| -> candle_core::Result<ControlStream> {
+            signal::stream(StreamRole::Text, branch, &encoded.text)
+        };
+        let mut streams = vec![stream(Branch::Conditional, positive)?];
+        let mut pooled = Vec::new();
+        let vector = |label: &str, values: &[f32]| PooledVector { label: label.to_owned(), values: values.to_vec() };
+        if !self.config.pooled.is_empty() {
+            pooled.push(vector(signal::CONDITIONAL, &positive.pooled));
+        }
+        if let Some(negative) = negative {
+            streams.push(stream(Branch::Unconditional, negative)?);
+            if !self.config.pooled.is_empty() {
+                pooled.push(vector(signal::UNCONDITIONAL, &negative.pooled));
+            }
+        }
+        let policy = match negative {
+            Some(_) => UnconditionalPolicy::Branch,
+            None => UnconditionalPolicy::Zeros,
+        };
+        Ok(ControlSignal {
+            header: Some(self.header.clone()),
+            streams,
+            pooled,
+            unconditional: policy.into(),
+            guidance_formula: GuidanceFormula::Unconditional.into(),
+            ..Default::default()
+        })
+    }
+
+    /// The text of the negative branch; none if zeros stand for it.
+    fn negative<'a>(&self, request: &'a EmbedRequest) -> Option<&'a str> {
+        let zeros = request.negative_prompt.is_empty() && self.config.empty_negative == EmptyNegative::Zeros;
+        (!zeros).then_some(&*request.negative_prompt)
+    }
+
+    fn check(&self, request: &EmbedRequest) -> Result<(), EngineError> {
+        self.ids("prompt", &request.prompt)?;
+        self.ids("negative_prompt", &request.negative_prompt).map(drop)
+    }
+}
+
+/// Groups of tokens, one after the other; channels that one lacks are zeros.
+fn joined(groups: &[Tensor]) -> candle_core::Result<Tensor> {
+    let width = groups.iter().map(|group| group.dim(1)).collect::<candle_core::Result<Vec<_>>>()?;
+    let width = width.into_iter().max().unwrap_or(0);
+    let padded = |group: &Tensor| group.pad_with_zeros(1, 0, width - group.dim(1)?);
+    Tensor::cat(&groups.iter().map(padded).collect::<candle_core::Result<Vec<_>>>()?, 0)
+}
+
+impl Brain for TextEncoders {
+    fn spec(&self) -> &EngineSpec {
+        &self.spec
+    }
+
+    fn fingerprint(&self) -> String {
+        let ControlHeader { brain_hash, template_hash, .. } = &self.header;
+        format!("{brain_hash}/{template_hash}/{}", signal::space_name(&self.space))
+    }
+
+    fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError> {
+        self.check(request)?;
+        // Every text is as long as the longest may be.
+        Ok(self.spec.max_batch / MAX_TEXTS)
+    }
+
+    fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
+        let checked: Vec<Result<(), EngineError>> = batch.iter().map(|request| self.check(request)).collect();
+        let good = || batch.iter().zip(&checked).filter(|(_, checked)| checked.is_ok()).map(|(request, _)| request);
+        let mut texts: Vec<&str> = Vec::new();
+        for request in good() {
+            for text in [Some(&*request.prompt), self.negative(request)].into_iter().flatten() {
+                let known = texts.contains(&text) || (text.is_empty() && self.empty.is_some());
+                if !known {
+                    texts.push(text);
+                }
+            }
+        }
+        // Each text on a thread of its own: what one comes to does not depend on the others.
+        let encoded: Vec<Result<Encoded, EngineError>> =
+            on_pool(|| texts.par_iter().map(|text| self.encode(text)).collect());
+        let mut found: HashMap<&str, Result<Encoded, EngineError>> = texts.into_iter().zip(encoded).collect();
+        match (&self.empty, found.get("")) {
+            (Some(empty), _) => drop(found.insert("", Ok(empty.clone()))),
+            (None, Some(Ok(empty))) => self.empty = Some(empty.clone()),
+            (None, _) => {}
+        }
+        let look = |text: &str| match found.get(text) {
+            Some(Ok(encoded)) => Ok(encoded),
+            Some(Err(error)) => Err(EngineError::compute("a text cannot be encoded", error.to_string())),
+            None => Err(EngineError::Crashed("a text was left out of its batch".to_owned())),
+        };
+        let signal = |request: &EmbedRequest| {
+            let negative = self.negative(request).map(look).transpose()?;
+            self.signal(look(&request.prompt)?, negative)
+        };
+        batch.iter().zip(checked).map(|(request, checked)| checked.and_then(|()| signal(request))).collect()
+    }
+}
