@@ -2,6 +2,7 @@
 
 pub mod pictogram;
 pub mod sim;
+pub mod stable_diffusion;
 
 use candle_core::Device;
 use efferent_proto::{ApiError, v1::ErrorCode};
@@ -14,7 +15,7 @@ use efferent_worker::{
 type Load = fn(&Pipeline, &Device) -> Result<Box<dyn Hand>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 1] = [("pictogram", pictogram::load)];
+pub const FAMILIES: [(&str, Load); 2] = [("pictogram", pictogram::load), ("stable-diffusion", stable_diffusion::load)];
 
 /// Builds the hand of a pipeline.
 pub fn factory(pipeline: &Pipeline, device: Device) -> Factory<dyn Hand> {

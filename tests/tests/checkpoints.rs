@@ -1,0 +1,423 @@
+//! Pipelines of diffusers from tokens to pictures, against what diffusers computed with the same files: `tests/checkpoints`.
+//!
+//! `EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints` writes the measured errors into that file.
+
+use std::{
+    fmt::Write as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use candle_core::{Device, Tensor};
+use efferent_brain::families as brains;
+use efferent_hand::families as hands;
+use efferent_proto::{
+    internal::{Branch, StreamRole},
+    v1::{GenerateRequest, Size, job_event::Event},
+};
+use efferent_tests::{
+    calls::{generate, request},
+    local::Cluster,
+};
+use efferent_worker::{
+    engine::{Brain, EmbedRequest, Hand, RenderRequest},
+    pipeline::Pipeline,
+    signal::{self, CONDITIONAL},
+    testing,
+};
+use image::RgbImage;
+
+/// Every checkpoint, with the guidance that its pipeline has by default.
+const CHECKPOINTS: [(&str, f32); 4] = [("sd15", 7.5), ("sd21", 7.5), ("sdxl-zeros", 5.0), ("sdxl", 5.0)];
+const PROMPTS: [&str; 3] = [
+    "a red apple",
+    "Two cats, 3 dögs & an owl's nest — 苹果!  (8k)",
+    "the quick brown fox jumps over the lazy dog while it's raining and we've 42 reasons to stay at home tonight",
+];
+const NEGATIVE: &str = "blurry, low quality";
+/// Largest difference of a joint, relative to the largest value of it, or to 1.
+const TOLERANCE: f32 = 1e-4;
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints").join(name)
+}
+
+fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
+    let pipeline = Pipeline::open(&folder(name)).unwrap();
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), Device::Cpu)().unwrap();
+    let hand = hands::factory(&pipeline, Device::Cpu)().unwrap();
+    (pipeline, brain, hand)
+}
+
+/// What diffusers computed.
+struct Golden(std::collections::HashMap<String, (Vec<usize>, Vec<f32>)>);
+
+impl Golden {
+    fn open(name: &str) -> Self {
+        let bytes = std::fs::read(folder(name).join("golden.safetensors")).unwrap();
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
+        let values = |tensor: Tensor| (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1().unwrap());
+        Self(tensors.into_iter().map(|(key, tensor)| (key, values(tensor))).collect())
+    }
+
+    fn values(&self, key: &str) -> &[f32] {
+        &self.0.get(key).unwrap_or_else(|| panic!("no {key}")).1
+    }
+
+    fn size(&self, key: &str) -> Size {
+        let dims = &self.0.get(key).unwrap_or_else(|| panic!("no {key}")).0;
+        Size { width: dims[1] as u32, height: dims[0] as u32 }
+    }
+}
+
+/// Largest difference, relative to the largest value, or to 1.
+fn difference(got: &[f32], wanted: &[f32]) -> f32 {
+    assert_eq!(got.len(), wanted.len(), "another number of values");
+    let largest = wanted.iter().fold(1f32, |most, value| most.max(value.abs()));
+    got.iter().zip(wanted).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max) / largest
+}
+
+/// Largest difference of two pictures, of 255.
+fn steps_apart(got: &RgbImage, wanted: &[f32]) -> f32 {
+    assert_eq!(got.as_raw().len(), wanted.len());
+    got.as_raw().iter().zip(wanted).map(|(g, w)| (f32::from(*g) - w).abs()).fold(0.0, f32::max)
+}
+
+fn embed(brain: &mut dyn Brain, prompt: &str, negative: &str) -> Arc<signal::ControlSignal> {
+    let request = EmbedRequest { prompt: prompt.to_owned(), negative_prompt: negative.to_owned() };
+    Arc::new(brain.embed(&[request]).remove(0).unwrap())
+}
+
+/// Largest errors of a checkpoint, by joint.
+#[derive(Default)]
+struct Errors {
+    states: f32,
+    pooled: f32,
+    latents: f32,
+    image: f32,
+}
+
+/// Renders as diffusers did and compares every latent between steps, and the picture.
+fn compare(hand: &mut dyn Hand, golden: &Golden, key: &str, request: &RenderRequest, errors: &mut Errors) {
+    let wanted = golden.values(&format!("{key}.latents"));
+    let mut sample = hand.begin(request).unwrap();
+    let count = (hand.checkpoint(&sample).unwrap().len() - 12) / 4;
+    let evaluations = wanted.len() / count;
+    // A sampler whose first step asks twice has one latent more than steps.
+    let extra = evaluations - request.steps as usize;
+    for step in 0..request.steps as usize {
+        hand.step(&mut [&mut sample]).remove(0).unwrap();
+        let checkpoint = hand.checkpoint(&sample).unwrap();
+        let latent: Vec<f32> =
+            checkpoint[12..12 + 4 * count].as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let at = (step + extra) * count;
+        let error = difference(&latent, &wanted[at..at + count]);
+        assert!(error <= TOLERANCE, "{key}: the latent after step {} differs by {error}", step + 1);
+        errors.latents = errors.latents.max(error);
+    }
+    hand.preview(&sample).unwrap();
+    let picture = hand.finish(sample).unwrap();
+    let apart = steps_apart(&picture, golden.values(&format!("{key}.image")));
+    assert!(apart <= 1.0, "{key}: the picture differs by {apart}/255");
+    errors.image = errors.image.max(apart);
+}
+
+fn parity(name: &str, guidance_scale: f32) -> Errors {
+    let (pipeline, mut brain, mut hand) = open(name);
+    let golden = Golden::open(name);
+    let mut errors = Errors::default();
+    let configs = pipeline.brain().config["encoders"].as_array().unwrap().clone();
+    for (number, config) in configs.iter().enumerate() {
+        let config = serde_json::from_value(config.clone()).unwrap();
+        let encoder = brains::text_encoders::encoder::Encoder::load(pipeline.folder(), &config, &Device::Cpu).unwrap();
+        for (i, prompt) in PROMPTS.into_iter().chain([NEGATIVE]).enumerate() {
+            let ids: Vec<f32> = encoder.ids("prompt", prompt).unwrap().into_iter().map(|id| id as f32).collect();
+            assert_eq!(ids, golden.values(&format!("{i}.ids.{number}")), "{name}: ids of {prompt:?}");
+        }
+    }
+    let check = |error: &mut f32, got: &[f32], key: &str| {
+        let found = difference(got, golden.values(key));
+        assert!(found <= TOLERANCE, "{name}: {key} differs by {found}");
+        *error = error.max(found);
+    };
+    for (i, prompt) in PROMPTS.into_iter().chain([NEGATIVE]).enumerate() {
+        let signal = embed(&mut *brain, prompt, "");
+        for (branch, key) in [(Branch::Conditional, "states"), (Branch::Unconditional, "negative")] {
+            let Some(stream) = signal::find(&signal, StreamRole::Text, branch) else {
+                assert!(branch == Branch::Unconditional && golden.values("0.negative").iter().all(|v| *v == 0.0));
+                continue;
+            };
+            let states = signal::tensor(stream, &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            check(&mut errors.states, &states, &format!("{i}.{key}"));
+        }
+        if let Some(pooled) = signal.pooled.iter().find(|vector| vector.label == CONDITIONAL) {
+            check(&mut errors.pooled, &pooled.values, &format!("{i}.pooled"));
+        }
+    }
+    let sampler = brain.spec().model.samplers[0].clone();
+    let request = |brain: &mut dyn Brain, prompt: &str, negative: &str, seed, size| RenderRequest {
+        signal: embed(brain, prompt, negative),
+        size,
+        steps: 4,
+        guidance_scale,
+        seed,
+        sampler: sampler.clone(),
+    };
+    let usual = brain.spec().model.sizes[0];
+    for (i, prompt) in PROMPTS.into_iter().enumerate() {
+        let request = request(&mut *brain, prompt, "", 20 + i as u64, usual);
+        compare(&mut *hand, &golden, &format!("{i}.guided"), &request, &mut errors);
+    }
+    let negative = RenderRequest { guidance_scale: 3.5, ..request(&mut *brain, PROMPTS[0], NEGATIVE, 30, usual) };
+    compare(&mut *hand, &golden, "negative", &negative, &mut errors);
+    let unguided = RenderRequest { guidance_scale: 1.0, ..request(&mut *brain, PROMPTS[1], "", 31, usual) };
+    compare(&mut *hand, &golden, "unguided", &unguided, &mut errors);
+    let sized = request(&mut *brain, PROMPTS[1], "", 32, golden.size("sized.image"));
+    compare(&mut *hand, &golden, "sized", &sized, &mut errors);
+    let one = RenderRequest { steps: 1, ..request(&mut *brain, PROMPTS[0], "", 33, usual) };
+    compare(&mut *hand, &golden, "one", &one, &mut errors);
+
+    // What diffusers gives three prompts in one batch; here they share steps with others that came before and after.
+    let mut batch: Vec<_> = PROMPTS
+        .into_iter()
+        .enumerate()
+        .map(|(i, prompt)| hand.begin(&request(&mut *brain, prompt, "", 20 + i as u64, usual)).unwrap())
+        .collect();
+    hand.step(&mut [&mut batch[1]]).remove(0).unwrap();
+    while batch.iter().any(|sample| !sample.is_complete()) {
+        let mut together: Vec<_> = batch.iter_mut().filter(|sample| !sample.is_complete()).collect();
+        hand.step(&mut together).into_iter().for_each(|outcome| outcome.unwrap());
+    }
+    for (i, sample) in batch.into_iter().enumerate() {
+        let apart = steps_apart(&hand.finish(sample).unwrap(), golden.values(&format!("batch.{i}.image")));
+        assert!(apart <= 1.0, "{name}: picture {i} of the batch differs by {apart}/255");
+        errors.image = errors.image.max(apart);
+    }
+    errors
+}
+
+#[test]
+fn pictures_are_those_of_diffusers() {
+    let mut table = String::from(
+        "# Parity\n\nLargest differences from diffusers 0.42.1 (torch 2.15, f32, CPU) on tiny random checkpoints that `tests/checkpoints/*.py` made in the folder layout \
+         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four. Token ids are equal. Joints \
+         are relative to the largest value of the joint, or to 1; pictures are 8-bit steps. Allowed: 1e-4, and 1 step.\n\nWritten by\n\n    \
+         EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints\n\n| checkpoint | pipeline | states | pooled | every latent | picture |\n| --- | --- | --- | --- | --- | --- |\n",
+    );
+    for (name, guidance) in CHECKPOINTS {
+        let Errors { states, pooled, latents, image } = parity(name, guidance);
+        let pipeline = Pipeline::open(&folder(name)).unwrap();
+        let description = pipeline.description();
+        let pooled = if pooled > 0.0 { format!("{pooled:.1e}") } else { "none".to_owned() };
+        let _ = writeln!(table, "| {name} | {description} | {states:.1e} | {pooled} | {latents:.1e} | {image} |");
+    }
+    if let Some(path) = std::env::var_os("EFFERENT_PARITY") {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        std::fs::write(root.join(path), table).unwrap();
+    }
+}
+
+#[test]
+fn engines_keep_the_contract() {
+    for (name, _) in CHECKPOINTS {
+        let (_, mut brain, mut hand) = open(name);
+        let read = |prompt: &str, negative: &str| EmbedRequest {
+            prompt: prompt.to_owned(),
+            negative_prompt: negative.to_owned(),
+        };
+        let long = "apple ".repeat(100);
+        let requests = [read("a cat", ""), read(PROMPTS[2], NEGATIVE), read("", "")];
+        testing::check_brain(&mut *brain, &requests, &read(&long, ""));
+        assert!(brain.tokens(&read("a cat", &long)).unwrap_err().to_string().contains("negative_prompt takes"));
+        let model = brain.spec().model.clone();
+        assert_eq!(model, hand.spec().model, "brain and hand offer the same");
+        for sampler in &model.samplers {
+            let render = |steps, seed, guidance_scale| RenderRequest {
+                signal: embed(&mut *open(name).1, "a cat", "a dog"),
+                size: model.sizes[0],
+                steps,
+                guidance_scale,
+                seed,
+                sampler: sampler.clone(),
+            };
+            let guidance = if seedlike(sampler) { 1.0 } else { 4.0 };
+            testing::check_hand(&mut *hand, &[render(3, 1, guidance), render(5, 2, guidance), render(1, 3, guidance)]);
+        }
+    }
+}
+
+/// Of every other sampler, the contract is checked without guidance.
+fn seedlike(sampler: &str) -> bool {
+    sampler.len().is_multiple_of(2)
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let (_, mut sd, mut sd_hand) = open("sd15");
+    let (_, mut xl, mut xl_hand) = open("sdxl");
+    let model = sd.spec().model.clone();
+    let good = RenderRequest {
+        signal: embed(&mut *sd, "a cat", ""),
+        size: model.sizes[0],
+        steps: 2,
+        guidance_scale: 2.0,
+        seed: 1,
+        sampler: "euler".to_owned(),
+    };
+    let message = |hand: &mut dyn Hand, request: &RenderRequest| hand.begin(request).unwrap_err().to_string();
+    let other = RenderRequest { signal: embed(&mut *xl, "a cat", ""), ..good.clone() };
+    let told = message(&mut *sd_hand, &other);
+    assert!(told.contains("stable-diffusion/24/clip@-2+clip@-2/none"), "{told}");
+    assert!(told.contains("stable-diffusion/16/clip@last/none"), "{told}");
+    assert!(message(&mut *xl_hand, &good).contains("this hand accepts stable-diffusion/24"));
+    let sized = |width, height| RenderRequest { size: Size { width, height }, ..good.clone() };
+    for (width, height) in [(0, 16), (15, 16), (u32::MAX, 2)] {
+        assert!(message(&mut *sd_hand, &sized(width, height)).contains("multiples of 2"));
+    }
+    let mut stripped = signal::ControlSignal::clone(&good.signal);
+    stripped.streams.pop();
+    let stripped = RenderRequest { signal: Arc::new(stripped), ..good.clone() };
+    assert!(message(&mut *sd_hand, &stripped).contains("no text stream of BRANCH_UNCONDITIONAL"));
+    assert!(sd_hand.begin(&RenderRequest { guidance_scale: 1.0, ..stripped }).is_ok(), "nobody asks for it");
+    let many = RenderRequest { sampler: "lcm".to_owned(), steps: 60, ..good.clone() };
+    assert!(message(&mut *sd_hand, &many).contains("60 steps of the 50"));
+    assert!(sd_hand.begin(&good).is_ok());
+}
+
+/// Copies a checkpoint, and changes it.
+fn damaged(name: &str, change: impl Fn(&Path)) -> String {
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let path = entry.unwrap().path();
+            let target = to.join(path.file_name().unwrap());
+            match path.is_dir() {
+                true => copy(&path, &target),
+                false => assert!(std::fs::copy(&path, &target).is_ok()),
+            }
+        }
+    }
+    let root = tempfile::tempdir().unwrap();
+    copy(&folder(name), root.path());
+    change(root.path());
+    let pipeline = match Pipeline::open(root.path()) {
+        Ok(pipeline) => pipeline,
+        Err(error) => return error.to_string(),
+    };
+    let told = |error: efferent_worker::engine::EngineError| {
+        let mut text = error.to_string();
+        let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            let _ = write!(text, ": {error}");
+            cause = error.source();
+        }
+        text
+    };
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), Device::Cpu)().err().map(told);
+    let hand = hands::factory(&pipeline, Device::Cpu)().err().map(told);
+    [brain, hand].into_iter().flatten().collect::<Vec<_>>().join("\n")
+}
+
+fn edit(path: &Path, from: &str, to: &str) {
+    let text = std::fs::read_to_string(path).unwrap();
+    assert!(text.contains(from), "{}: no {from}", path.display());
+    std::fs::write(path, text.replacen(from, to, 1)).unwrap();
+}
+
+#[test]
+fn damaged_folders_say_what_is_wrong() {
+    let cases: [(&str, &dyn Fn(&Path), &str); 11] = [
+        (
+            "sd15",
+            &|f| edit(&f.join("model_index.json"), "StableDiffusionPipeline", "OtherPipeline"),
+            "_class_name is \"OtherPipeline\"",
+        ),
+        ("sd15", &|f| edit(&f.join("model_index.json"), "CLIPTextModel", "BertModel"), "text_encoder is a BertModel"),
+        (
+            "sd15",
+            &|f| edit(&f.join("model_index.json"), "{", "{\"controlnet\": [\"diffusers\", \"ControlNetModel\"],"),
+            "controlnet (ControlNetModel) is not known",
+        ),
+        (
+            "sd15",
+            &|f| std::fs::remove_file(f.join("unet/diffusion_pytorch_model.safetensors")).unwrap(),
+            "no weights; looked for diffusion_pytorch_model.safetensors",
+        ),
+        (
+            "sd15",
+            &|f| edit(&f.join("scheduler/scheduler_config.json"), "{", "{\"use_beta_sigmas\": true,"),
+            "use_beta_sigmas = true is not known",
+        ),
+        ("sd15", &|f| edit(&f.join("tokenizer/merges.txt"), "\n", "\nnopair\n"), "\"nopair\" is no pair"),
+        (
+            "sd15",
+            &|f| edit(&f.join("tokenizer/vocab.json"), "<|endoftext|>", "<|end|>"),
+            "\"<|endoftext|>\" is not in vocab.json",
+        ),
+        (
+            "sd15",
+            &|f| edit(&f.join("text_encoder/config.json"), "\"vocab_size\": 57", "\"vocab_size\": 3"),
+            "tokenizer counts up to",
+        ),
+        (
+            "sd21",
+            &|f| {
+                edit(
+                    &f.join("vae/diffusion_pytorch_model.safetensors.index.json"),
+                    "diffusion_pytorch_model-00001",
+                    "../x/diffusion_pytorch_model-00001",
+                )
+            },
+            "not a plain file name",
+        ),
+        (
+            "sd21",
+            &|f| std::fs::remove_file(f.join("unet/diffusion_pytorch_model-00003-of-00005.safetensors")).unwrap(),
+            "cannot read",
+        ),
+        (
+            "sdxl",
+            &|f| {
+                let path = f.join("unet/diffusion_pytorch_model.fp16.safetensors");
+                let bytes = std::fs::read(&path).unwrap();
+                std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+            },
+            "truncated",
+        ),
+    ];
+    for (name, change, wanted) in cases {
+        let told = damaged(name, change);
+        assert!(told.contains(wanted), "{wanted}: {told}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_goes_through_brain_and_hand() {
+    for (name, guidance) in CHECKPOINTS {
+        let pipeline = Pipeline::open(&folder(name)).unwrap();
+        let golden = Golden::open(name);
+        let cluster = Cluster::new().await;
+        let coordinator = cluster.coordinator().await;
+        let _brain = cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), Device::Cpu)).await;
+        let _hand = cluster.hand(hands::factory(&pipeline, Device::Cpu)).await;
+        cluster.settled().await;
+        let mut client = coordinator.client().await;
+        let mut asked = GenerateRequest {
+            steps: Some(4),
+            seed: Some(32),
+            size: Some(golden.size("sized.image")),
+            inline_images: true,
+            ..request(PROMPTS[1])
+        };
+        let events = generate(&mut client, asked.clone()).await;
+        let file = events.iter().find_map(|event| match &event.event {
+            Some(Event::Image(image)) => Some(image.data.clone()),
+            _ => None,
+        });
+        let picture = image::load_from_memory(&file.expect("a picture")).unwrap().to_rgb8();
+        let apart = steps_apart(&picture, golden.values("sized.image"));
+        assert!(apart <= 1.0, "{name} (guidance {guidance} by default): {apart}/255");
+        asked.size = Some(Size { width: 24, height: 3 });
+        assert!(client.generate(asked).await.unwrap_err().message().contains("does not offer size 24x3"));
+    }
+}
