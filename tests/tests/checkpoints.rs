@@ -2,6 +2,8 @@
 //!
 //! `EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints` writes the measured errors into that file.
 
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
 use std::{
     fmt::Write as _,
     path::{Path, PathBuf},
@@ -13,11 +15,12 @@ use efferent_brain::families as brains;
 use efferent_hand::families as hands;
 use efferent_proto::{
     internal::{Branch, StreamRole},
-    v1::{GenerateRequest, Size, job_event::Event},
+    v1::{CancelJobRequest, GenerateRequest, JobEvent, JobState, Size, job_event::Event},
 };
 use efferent_tests::{
-    calls::{generate, request},
+    calls::{all, generate, job, kind, request, until},
     local::Cluster,
+    processes::{self, connect},
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, Hand, RenderRequest},
@@ -324,9 +327,12 @@ fn edit(path: &Path, from: &str, to: &str) {
     std::fs::write(path, text.replacen(from, to, 1)).unwrap();
 }
 
+/// Damages a folder.
+type Change<'a> = &'a dyn Fn(&Path);
+
 #[test]
 fn damaged_folders_say_what_is_wrong() {
-    let cases: [(&str, &dyn Fn(&Path), &str); 11] = [
+    let cases: [(&str, Change<'_>, &str); 11] = [
         (
             "sd15",
             &|f| edit(&f.join("model_index.json"), "StableDiffusionPipeline", "OtherPipeline"),
@@ -391,9 +397,31 @@ fn damaged_folders_say_what_is_wrong() {
     }
 }
 
+/// What diffusers drew as `sized`.
+fn asked(name: &str, golden: &Golden) -> GenerateRequest {
+    GenerateRequest {
+        model: name.to_owned(),
+        steps: Some(4),
+        seed: Some(32),
+        size: Some(golden.size("sized.image")),
+        inline_images: true,
+        ..request(PROMPTS[1])
+    }
+}
+
+fn check_picture(name: &str, golden: &Golden, events: &[JobEvent]) {
+    let file = events.iter().find_map(|event| match &event.event {
+        Some(Event::Image(image)) => Some(image.data.clone()),
+        _ => None,
+    });
+    let picture = image::load_from_memory(&file.expect("a picture")).unwrap().to_rgb8();
+    let apart = steps_apart(&picture, golden.values("sized.image"));
+    assert!(apart <= 1.0, "{name}: {apart}/255");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_goes_through_brain_and_hand() {
-    for (name, guidance) in CHECKPOINTS {
+    for (name, _) in CHECKPOINTS {
         let pipeline = Pipeline::open(&folder(name)).unwrap();
         let golden = Golden::open(name);
         let cluster = Cluster::new().await;
@@ -402,22 +430,65 @@ async fn a_request_goes_through_brain_and_hand() {
         let _hand = cluster.hand(hands::factory(&pipeline, Device::Cpu)).await;
         cluster.settled().await;
         let mut client = coordinator.client().await;
-        let mut asked = GenerateRequest {
-            steps: Some(4),
-            seed: Some(32),
-            size: Some(golden.size("sized.image")),
-            inline_images: true,
-            ..request(PROMPTS[1])
-        };
-        let events = generate(&mut client, asked.clone()).await;
-        let file = events.iter().find_map(|event| match &event.event {
-            Some(Event::Image(image)) => Some(image.data.clone()),
-            _ => None,
-        });
-        let picture = image::load_from_memory(&file.expect("a picture")).unwrap().to_rgb8();
-        let apart = steps_apart(&picture, golden.values("sized.image"));
-        assert!(apart <= 1.0, "{name} (guidance {guidance} by default): {apart}/255");
+        let mut asked = asked(name, &golden);
+        check_picture(name, &golden, &generate(&mut client, asked.clone()).await);
         asked.size = Some(Size { width: 24, height: 3 });
         assert!(client.generate(asked).await.unwrap_err().message().contains("does not offer size 24x3"));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn brains_and_hands_of_several_models_share_a_cluster() {
+    let cluster = processes::Cluster::start(&[
+        ("EFFERENT_LEDGER__LEASE", "2s"),
+        ("EFFERENT_HAND__CHECKPOINT_AFTER", "1ms"),
+        ("EFFERENT_HAND__CHECKPOINT_INTERVAL", "20ms"),
+    ]);
+    let path = |name: &str| folder(name).to_str().unwrap().to_owned();
+    let mut workers = Vec::new();
+    for (name, _) in CHECKPOINTS {
+        for role in ["brain", "hand"] {
+            workers.push(cluster.role(role, &["--model", &path(name)]).0);
+        }
+    }
+    let (_coordinator, url) = cluster.coordinator();
+    let mut client = connect(&url).await;
+    for (name, _) in CHECKPOINTS {
+        let golden = Golden::open(name);
+        check_picture(name, &golden, &generate(&mut client, asked(name, &golden)).await);
+    }
+
+    // The same picture when its hand is killed half-way, and none when it is cancelled.
+    let long = GenerateRequest {
+        steps: Some(100),
+        size: Some(Size { width: 160, height: 96 }),
+        preview_interval: 20,
+        ..asked("sd21", &Golden::open("sd21"))
+    };
+    let undisturbed = generate(&mut client, long.clone()).await;
+    let hash = |events: &[JobEvent]| {
+        let hash = |event: &JobEvent| match &event.event {
+            Some(Event::Image(image)) => Some(image.hash.clone()),
+            _ => None,
+        };
+        events.iter().find_map(hash).expect("a picture")
+    };
+    let mut events = client.generate(long.clone()).await.expect("accepted").into_inner();
+    let mut story = Vec::new();
+    let step = |event: &JobEvent| if let Some(Event::Step(step)) = &event.event { step.step } else { 0 };
+    while story.iter().map(step).max().unwrap_or(0) < 30 {
+        story.extend(until(&mut events, "step").await);
+    }
+    let hand = workers.remove(3);
+    hand.kill();
+    let _second = cluster.role("hand", &["--model", &path("sd21")]);
+    story.extend(all(events).await);
+    assert_eq!(kind(story.last().expect("an event")), "done", "{}", cluster.log());
+    assert_eq!(hash(&story), hash(&undisturbed));
+
+    let mut events = client.generate(long).await.expect("accepted").into_inner();
+    let job_id = until(&mut events, "step").await[0].job_id.clone();
+    client.cancel_job(CancelJobRequest { job_id: job_id.clone() }).await.expect("is running");
+    all(events).await;
+    assert_eq!(job(&mut client, &job_id).await.state(), JobState::Cancelled);
 }

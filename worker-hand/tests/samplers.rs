@@ -91,6 +91,6 @@ fn schedules_and_trajectories_are_those_of_diffusers() {
         assert!(way.is_complete() && done == *steps as u32, "{key}: {done} steps");
     }
     worst.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let over: Vec<_> = worst.iter().filter(|(error, _)| !(*error <= 1e-6)).take(20).collect();
+    let over: Vec<_> = worst.iter().filter(|(error, _)| error.is_nan() || *error > 1e-6).take(20).collect();
     assert!(over.is_empty(), "{} of {}: {over:#?}", over.len(), worst.len());
 }

@@ -169,7 +169,8 @@ impl Config {
             let neutral = NEUTRAL.iter().find(|(name, _)| name == field);
             let fine = match neutral {
                 Some((_, values)) => {
-                    value.is_null() || values.iter().any(|known| *known == "*" || value.to_string() == **known)
+                    let text = value.to_string();
+                    value.is_null() || values.iter().any(|known| *known == "*" || text == *known)
                 }
                 None => KNOWN.contains(&&**field),
             };

@@ -95,7 +95,7 @@ impl Tokenizer {
         let special = special_tokens(folder)?;
         // The library trusts its input in places: a panic in it must not take the worker along.
         let built = match path.file_name() {
-            Some(name) if name == "tokenizer.json" => guarded(|| Ok(text.parse::<Inner>()?)),
+            Some(name) if name == "tokenizer.json" => guarded(|| text.parse::<Inner>()),
             _ => {
                 let vocabulary: HashMap<String, u32> = read_json(&folder.join("vocab.json"))?;
                 let named = |key: &str, usual: &str| special.get(key).cloned().unwrap_or_else(|| usual.to_owned());
