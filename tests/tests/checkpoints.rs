@@ -270,9 +270,9 @@ fn what_does_not_fit_is_refused() {
     let message = |hand: &mut dyn Hand, request: &RenderRequest| hand.begin(request).unwrap_err().to_string();
     let other = RenderRequest { signal: embed(&mut *xl, "a cat", ""), ..good.clone() };
     let told = message(&mut *sd_hand, &other);
-    assert!(told.contains("stable-diffusion/24/clip@-2+clip@-2/none"), "{told}");
-    assert!(told.contains("stable-diffusion/16/clip@last/none"), "{told}");
-    assert!(message(&mut *xl_hand, &good).contains("this hand accepts stable-diffusion/24"));
+    assert!(told.contains("stable_diffusion/24/clip@-2+clip@-2/none"), "{told}");
+    assert!(told.contains("stable_diffusion/16/clip@last/none"), "{told}");
+    assert!(message(&mut *xl_hand, &good).contains("this hand accepts stable_diffusion/24"));
     let sized = |width, height| RenderRequest { size: Size { width, height }, ..good.clone() };
     for (width, height) in [(0, 16), (15, 16), (u32::MAX, 2)] {
         assert!(message(&mut *sd_hand, &sized(width, height)).contains("multiples of 2"));

@@ -28,7 +28,7 @@ pub struct Source {
 type Load = fn(&Source) -> Result<Box<dyn Brain>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 2] = [("smollm2", smollm2::load), ("text-encoders", text_encoders::load)];
+pub const FAMILIES: [(&str, Load); 2] = [("smollm2", smollm2::load), ("text_encoders", text_encoders::load)];
 
 /// Builds the brain of a pipeline. Weights that are not in its folder are looked for in the home folder.
 pub fn factory(pipeline: &Pipeline, home: &Path, device: Device) -> Factory<dyn Brain> {

@@ -15,7 +15,7 @@ use efferent_worker::{
 type Load = fn(&Pipeline, &Device) -> Result<Box<dyn Hand>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 2] = [("pictogram", pictogram::load), ("stable-diffusion", stable_diffusion::load)];
+pub const FAMILIES: [(&str, Load); 2] = [("pictogram", pictogram::load), ("stable_diffusion", stable_diffusion::load)];
 
 /// Builds the hand of a pipeline.
 pub fn factory(pipeline: &Pipeline, device: Device) -> Factory<dyn Hand> {

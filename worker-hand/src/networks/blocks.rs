@@ -1,6 +1,6 @@
 //! What denoisers and autoencoders are both made of.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use efferent_worker::{
     nn::{
         conv::Conv3x3,
@@ -74,4 +74,15 @@ impl Residual {
             None => x + h,
         }
     }
+}
+
+/// values: (count) -> (count, width): sines and cosines at width / 2 frequencies between 1 and 1 / 10,000.
+pub(super) fn sinusoid(values: &Tensor, width: usize, cosines_first: bool, shift: f64) -> Result<Tensor> {
+    let half = width / 2;
+    let exponent = |i: usize| (-(10_000f64.ln()) * i as f64 / (half as f64 - shift)) as f32;
+    let frequencies: Vec<f32> = (0..half).map(|i| exponent(i).exp()).collect();
+    let frequencies = Tensor::from_vec(frequencies, (1, half), values.device())?;
+    let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
+    let (sin, cos) = (angles.sin()?, angles.cos()?);
+    Tensor::cat(&if cosines_first { [cos, sin] } else { [sin, cos] }, 1)
 }

@@ -4,4 +4,5 @@
 
 pub mod autoencoder;
 mod blocks;
+pub mod flux;
 pub mod unet;

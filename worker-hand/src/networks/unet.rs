@@ -2,7 +2,7 @@
 //!
 //! Source: diffusers 0.42.1, `models/unets/unet_2d_condition.py` and the blocks that it names. Checked against it by `tests/unet.rs`.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use efferent_worker::{
     nn::{
         attention::{Logits, attend},
@@ -15,7 +15,7 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
-use super::blocks::{Norm, Residual};
+use super::blocks::{Norm, Residual, sinusoid};
 
 /// What `config.json` says. What it may say otherwise is refused by [`Unet::new`], or changes nothing of what is computed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -455,17 +455,6 @@ fn check(config: &Config) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// values: (count) -> (count, width): sines and cosines at width / 2 frequencies between 1 and 1 / 10,000.
-fn sinusoid(values: &Tensor, width: usize, cosines_first: bool, shift: f64) -> Result<Tensor> {
-    let half = width / 2;
-    let exponent = |i: usize| (-(10_000f64.ln()) * i as f64 / (half as f64 - shift)) as f32;
-    let frequencies: Vec<f32> = (0..half).map(|i| exponent(i).exp()).collect();
-    let frequencies = Tensor::from_vec(frequencies, (1, half), values.device())?;
-    let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
-    let (sin, cos) = (angles.sin()?, angles.cos()?);
-    Tensor::cat(&if cosines_first { [cos, sin] } else { [sin, cos] }, 1)
 }
 
 impl Attention {

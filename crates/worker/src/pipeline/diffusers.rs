@@ -150,9 +150,9 @@ fn unet_pipeline(
     let layers = brain.get("layers").cloned();
     Ok(Described {
         description,
-        brain: "text-encoders",
+        brain: "text_encoders",
         brain_config: brain,
-        hand: "stable-diffusion",
+        hand: "stable_diffusion",
         hand_config: json!({ "layers": layers }),
         steps,
         guidance,
