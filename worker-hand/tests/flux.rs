@@ -1,7 +1,8 @@
 //! FLUX's denoiser agrees with diffusers on tiny random networks, from the folders that it saves: at the start, middle and end of a run, and in a batch whose
 //! samples are each at another time; together and alone.
 //!
-//! Tolerance: 2e-5 absolute, f32 rounding, where values reach 6. `flux/reference.py` makes the files.
+//! Tolerance: 1e-4 absolute, where values reach 6: strengths of guidance are embedded as waves of up to 7250 radian, where the last bit of a frequency, which
+//! two implementations of `exp` need not share, is 4e-4 radian. Alone and together: 2e-5. `flux/reference.py` makes the files.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -12,7 +13,8 @@ use efferent_hand::networks::flux::{Flux, Text};
 use golden::difference;
 
 const NETWORK: &str = "flux";
-const TOLERANCE: f32 = 2e-5;
+const TOLERANCE: f32 = 1e-4;
+const ROUNDING: f32 = 2e-5;
 
 fn flux(name: &str) -> Flux {
     let mut weights = golden::weights(NETWORK, name);
@@ -44,7 +46,7 @@ fn every_kind_agrees_with_diffusers() {
                 let (states, pooled, guidance) = (row(&states), row(&pooled), guidance.as_ref().map(row));
                 let text = Text { states: &states, pooled: &pooled, bias: None };
                 let alone = flux.forward(&row(&x), &row(&time), text, guidance.as_ref(), places).unwrap();
-                assert!(difference(&alone, &row(&together)) < TOLERANCE, "{name}, {label}: sample {i} alone");
+                assert!(difference(&alone, &row(&together)) < ROUNDING, "{name}, {label}: sample {i} alone");
             }
         }
     }
@@ -63,7 +65,7 @@ fn a_bias_hides_tokens_of_the_text() {
         flux.forward(&x, &time, Text { states, pooled: &pooled, bias }, None, (2, 3)).unwrap()
     };
     let without = run(&kept, None);
-    assert!(difference(&run(&both, Some(&bias)), &without) < TOLERANCE);
+    assert!(difference(&run(&both, Some(&bias)), &without) < ROUNDING);
     assert!(difference(&run(&both, None), &without) > 1e-3);
 }
 

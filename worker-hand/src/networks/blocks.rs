@@ -79,7 +79,8 @@ impl Residual {
 /// values: (count) -> (count, width): sines and cosines at width / 2 frequencies between 1 and 1 / 10,000.
 pub(super) fn sinusoid(values: &Tensor, width: usize, cosines_first: bool, shift: f64) -> Result<Tensor> {
     let half = width / 2;
-    let exponent = |i: usize| (-(10_000f64.ln()) * i as f64 / (half as f64 - shift)) as f32;
+    // In f32, step by step, as the reference has it: at times of thousands the last bit of a frequency shows.
+    let exponent = |i: usize| -(10_000f64.ln()) as f32 * i as f32 / (half as f64 - shift) as f32;
     let frequencies: Vec<f32> = (0..half).map(|i| exponent(i).exp()).collect();
     let frequencies = Tensor::from_vec(frequencies, (1, half), values.device())?;
     let angles = values.to_dtype(DType::F32)?.unsqueeze(1)?.broadcast_mul(&frequencies)?;
