@@ -5,7 +5,7 @@ use std::time::Duration;
 use efferent_proto::{
     ApiError, names, time,
     v1::{EncodeRequest, ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size, SizeRange},
-    work::MAX_DEADLINE,
+    work::{MAX_DEADLINE, offers_size},
 };
 
 use crate::tenants;
@@ -123,7 +123,7 @@ pub fn resolve(
             .first()
             .copied()
             .ok_or_else(|| not_offered("size", "", format!("model {name} offers no size")))?,
-        Some(size) if model.sizes.contains(&size) || model.size_range.is_some_and(|range| fits(&range, size)) => size,
+        Some(size) if offers_size(model, size) => size,
         Some(size) => {
             let sizes = model.sizes.iter().map(size_name).collect::<Vec<_>>().join(", ");
             let offer = sizes + &model.size_range.map(|range| range_name(&range)).unwrap_or_default();
@@ -207,13 +207,6 @@ pub fn encoding(request: EncodeRequest, retention: Duration) -> Result<(Generate
         GenerateRequest { prompt, negative_prompt, model, deadline, lane, tenant, ..GenerateRequest::default() };
     syntax(&request)?;
     Ok((request, keep))
-}
-
-/// Whether a size is one of those by rule.
-fn fits(range: &SizeRange, size: Size) -> bool {
-    let SizeRange { multiple, min_side, max_side, max_pixels } = *range;
-    let side = |side: u32| (min_side..=max_side).contains(&side) && multiple > 0 && side.is_multiple_of(multiple);
-    side(size.width) && side(size.height) && u64::from(size.width) * u64::from(size.height) <= max_pixels
 }
 
 fn range_name(range: &SizeRange) -> String {

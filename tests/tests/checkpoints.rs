@@ -243,14 +243,14 @@ fn engines_keep_the_contract() {
                 seed,
                 sampler: sampler.clone(),
             };
-            let guidance = if seedlike(sampler) { 1.0 } else { 4.0 };
+            let guidance = if is_unguided(sampler) { 1.0 } else { 4.0 };
             testing::check_hand(&mut *hand, &[render(3, 1, guidance), render(5, 2, guidance), render(1, 3, guidance)]);
         }
     }
 }
 
 /// Of every other sampler, the contract is checked without guidance.
-fn seedlike(sampler: &str) -> bool {
+fn is_unguided(sampler: &str) -> bool {
     sampler.len().is_multiple_of(2)
 }
 
@@ -277,6 +277,7 @@ fn what_does_not_fit_is_refused() {
     for (width, height) in [(0, 16), (15, 16), (u32::MAX, 2)] {
         assert!(message(&mut *sd_hand, &sized(width, height)).contains("multiples of 2"));
     }
+    assert!(message(&mut *sd_hand, &sized(2048, 2048)).contains("does not draw 2048x2048"));
     let mut stripped = signal::ControlSignal::clone(&good.signal);
     stripped.streams.pop();
     let stripped = RenderRequest { signal: Arc::new(stripped), ..good.clone() };

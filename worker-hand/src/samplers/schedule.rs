@@ -96,6 +96,16 @@ impl Plan {
         self.spans.iter().map(|(level, _)| *level).chain(self.spans.last().map(|(_, end)| *end))
     }
 
+    /// How many latents a trajectory remembers beside its own, between two steps, after so many evaluations.
+    pub(super) fn remembered(&self, done: usize) -> usize {
+        match self.rule {
+            Rule::Pndm => done.saturating_sub(1).min(3),
+            Rule::Dpm { .. } => done.min(1),
+            Rule::UniPc { order, .. } => done.min(order) + usize::from(done > 0),
+            _ => 0,
+        }
+    }
+
     /// Whether a step is complete after this evaluation.
     pub(super) fn completes(&self, evaluation: usize) -> bool {
         match self.rule {

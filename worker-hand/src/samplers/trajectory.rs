@@ -258,11 +258,8 @@ impl Trajectory {
         let (numbers, values) = words.split_first_chunk::<3>()?;
         let [done, draws, kept] = numbers.map(u32::from_le_bytes);
         let done = usize::try_from(done).ok().filter(|done| *done <= plan.times.len())?;
-        // Nothing remembers more than a few latents, and nothing draws more than one an evaluation.
-        if !rest.is_empty() || kept > 8 || draws == 0 || draws as usize > done + 1 {
-            return None;
-        }
-        if count == 0 || values.len() != count * (kept as usize + 1) {
+        let fits = kept as usize == plan.remembered(done) && (1..=done + 1).contains(&(draws as usize));
+        if !rest.is_empty() || !fits || count == 0 || values.len() != count * (kept as usize + 1) {
             return None;
         }
         let values: Vec<f32> = values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();

@@ -14,6 +14,7 @@ use efferent_proto::{
     ApiError,
     internal::ControlSpace,
     v1::{ErrorCode, Size},
+    work::offers_size,
 };
 use efferent_worker::{
     engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
@@ -80,12 +81,13 @@ pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, Engin
         tracing::info!(part, variant, files = files.len(), "loading");
         Weights::open_shards(&files, device).map_err(|e| unloadable(part)(e.into()))
     };
-    let mut weights = open("unet")?;
+    // Configurations first: they are told to be wrong at once, weights take a while to read.
     let unet_config = read_json(&folder.join("unet").join("config.json")).map_err(|e| unloadable("unet")(e.into()))?;
+    let vae_config = read_json(&folder.join("vae").join("config.json")).map_err(|e| unloadable("vae")(e.into()))?;
+    let mut weights = open("unet")?;
     let unet = Unet::new(unet_config, &mut weights).map_err(|e| unloadable("unet")(e.into()))?;
     weights.finish().map_err(|e| unloadable("unet")(e.into()))?;
     let mut weights = open("vae")?;
-    let vae_config = read_json(&folder.join("vae").join("config.json")).map_err(|e| unloadable("vae")(e.into()))?;
     let vae = Autoencoder::new(vae_config, &mut weights).map_err(|e| unloadable("vae")(e.into()))?;
     weights.finish().map_err(|e| unloadable("vae")(e.into()))?;
     let space = pipeline.space(unet.config().cross_attention_dim as u32, config.layers, "none");
@@ -111,6 +113,10 @@ impl StableDiffusion {
         signal::check_space(&request.signal, &self.space)?;
         let latent = self.latent(request.size)?;
         let refused = |code, field: &str, message: String| EngineError::from(ApiError::new(code, message).field(field));
+        if !offers_size(&self.spec.model, request.size) {
+            let Size { width, height } = request.size;
+            return Err(refused(ErrorCode::NotOffered, "size", format!("this hand does not draw {width}x{height}")));
+        }
         let sampler: Sampler =
             request.sampler.parse().map_err(|what| refused(ErrorCode::NotOffered, "sampler", what))?;
         let limit = self.spec.model.max_steps;
