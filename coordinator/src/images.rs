@@ -136,14 +136,25 @@ impl Images {
     }
 
     /// Makes a job durable and its task with it; the job comes back with its events. `None` if there is one of its id.
+    ///
+    /// Both at once, where the request has no idempotency key: should the job not be made, whoever gets the task finds none and drops it. With a key
+    /// the caller may ask again for the same job, whose task must not have been dropped by then: the queue would not take it a second time.
     pub(crate) async fn begin(&self, record: JobRecord, trace: &trace::Context) -> Result<Option<Tail>, ApiError> {
-        let subject = names::job_events(job_id(&record));
-        let (created, events) = tokio::join!(self.ledger.create_job(&record), self.ledger.bus().subscribe(&subject));
+        let events = self.ledger.bus().subscribe(&names::job_events(job_id(&record))).await.map_err(unavailable)?;
+        let once = record.job.iter().flat_map(|job| &job.request).all(|request| request.idempotency_key.is_empty());
+        let (created, published) = if once {
+            self.ledger.expect_job(&record);
+            tokio::join!(self.ledger.create_job(&record), self.publish(&record, trace))
+        } else {
+            match self.ledger.create_job(&record).await {
+                Ok(true) => (Ok(true), self.publish(&record, trace).await),
+                made => (made, Ok(())),
+            }
+        };
         if !created.map_err(unavailable)? {
             return Ok(None);
         }
-        let events = events.map_err(unavailable)?;
-        match self.publish(&record, trace).await {
+        match published {
             Ok(()) => {
                 tracing::info!(job_id = job_id(&record), trace_id = trace.trace_id, "accepted");
                 Ok(Some(Tail { record, events }))

@@ -77,6 +77,32 @@ async fn what_another_process_knew_does_not_replace_what_is_newer() {
 }
 
 #[tokio::test]
+async fn a_job_can_be_changed_while_it_is_being_made() {
+    let ([coordinator, brain, hand], _, _folder) = processes().await;
+    let now = SystemTime::now();
+    let record =
+        transition::accepted(names::new_job_id(), GenerateRequest::default(), Model::default(), now, now, 1);
+    let id = job_id(&record);
+    coordinator.expect_job(&record);
+    brain.remember(coordinator.known(id).expect("it is about to make the job"));
+    brain.defer(id, &taken());
+    hand.remember(brain.known(id).expect("it heard of the job"));
+    let rendering = Transition::Rendering { worker_id: "hand".to_owned() };
+    let (changed, made) = tokio::join!(hand.change(id, &rendering), async {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        coordinator.create_job(&record).await
+    });
+    assert!(made.expect("the bus is there"));
+    let (Outcome::Changed(_), news) = changed.expect("the bus is there") else { panic!("the job is there by then") };
+    assert_eq!(numbers(&news), [3, 4], "what the brain left, and the hand's");
+    brain.confirm(id).await;
+    let news = brain.change(id, &Transition::Image(Image::default())).await.expect("the bus is there").1;
+    assert_eq!(numbers(&news), [5, 6], "what was written since counts, not what was deferred");
+    coordinator.confirm(id).await;
+    assert!(coordinator.known(id).is_none_or(|known| known.revision > 0));
+}
+
+#[tokio::test]
 async fn a_record_that_cannot_be_read_is_an_error_and_one_that_is_not_there_is_unknown() {
     let ([ledger, ..], record, _folder) = processes().await;
     assert_eq!(ledger.apply(&names::new_job_id(), &taken()).await.expect("the bus is there"), Outcome::Unknown);

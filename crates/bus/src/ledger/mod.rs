@@ -11,7 +11,7 @@ pub mod transition;
 
 use std::{
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bytes::Bytes;
@@ -20,7 +20,7 @@ use efferent_proto::{
     names,
     v1::{JobEvent, Model, Worker, job_event::Event},
 };
-use moka::sync::Cache;
+use moka::{Entry, ops::compute::Op, sync::Cache};
 use prost::Message;
 
 use crate::{Bucket, Error, QueueSpec, Result, SharedBus};
@@ -54,6 +54,12 @@ impl Default for Options {
 
 /// How often a compare-and-swap is tried before the store is called unavailable. Only the few processes that work on one job compete.
 const MAX_SWAPS: u32 = 64;
+
+/// The revision of a job that was not made yet when it was remembered.
+const NOT_MADE: u64 = 0;
+
+/// How long a change waits for a job that is being made, see [`Ledger::expect_job`], and the pauses between two looks.
+const BEING_MADE: (Duration, Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1), Duration::from_millis(250));
 
 /// Jobs whose last known record a process remembers.
 const REMEMBERED: u64 = 1024;
@@ -122,10 +128,48 @@ impl Ledger {
     pub async fn create_job(&self, record: &JobRecord) -> Result<bool> {
         let id = job_id(record);
         let created = self.bus.create(Bucket::Jobs, id, encode(record), Some(self.options.retention)).await?;
-        if let Some(revision) = created {
-            self.remember(up_to_date(record.clone(), revision));
+        match created {
+            Some(revision) => self.remember(up_to_date(record.clone(), revision)),
+            None => self.known.invalidate(id),
         }
         Ok(created.is_some())
+    }
+
+    /// Remembers a job that is about to be made, so that its task can be published at the same time. Whoever gets the task finds the job's entry
+    /// when it is there, and waits a little for it.
+    pub fn expect_job(&self, record: &JobRecord) {
+        self.remember(up_to_date(record.clone(), NOT_MADE));
+    }
+
+    /// Looks for the entry of a job that was being made when this process heard of it, so that the next change need not.
+    pub async fn confirm(&self, job_id: &str) {
+        let Some(expected) = self.known(job_id).filter(|known| known.revision == NOT_MADE) else { return };
+        if let Ok(Some(found)) = self.current(job_id, Some(&expected)).await {
+            self.remember(found);
+        }
+    }
+
+    /// A job as its entry has it; with what was deferred, if nothing was written since.
+    async fn current(&self, job_id: &str, expected: Option<&KnownJob>) -> Result<Option<KnownJob>> {
+        let (patience, mut pause, longest) = BEING_MADE;
+        let until = Instant::now() + patience;
+        loop {
+            let entry = self.bus.get(Bucket::Jobs, job_id).await?;
+            match (entry, expected) {
+                (Some(entry), _) => {
+                    let found = up_to_date(decode(&entry.value, "job", job_id)?, entry.revision);
+                    return Ok(Some(match expected {
+                        Some(expected) => with_deferred(found, expected),
+                        None => found,
+                    }));
+                }
+                (None, Some(_)) if Instant::now() < until => {
+                    tokio::time::sleep(pause).await;
+                    pause = longest.min(pause * 2);
+                }
+                (None, _) => return Ok(None),
+            }
+        }
     }
 
     /// What this process knows of a job, to send along with a task.
@@ -137,19 +181,22 @@ impl Ledger {
     pub fn remember(&self, known: KnownJob) {
         let Some(record) = &known.record else { return };
         let age = |known: &KnownJob| (known.revision, known.record.as_ref().map_or(0, |record| record.log.len()));
-        let id = job_id(record);
-        if self.known.get(id).is_none_or(|standing| age(&standing) < age(&known)) {
-            self.known.insert(id.to_owned(), Arc::new(known));
-        }
+        self.known.entry_by_ref(job_id(record)).and_compute_with(|standing| match standing.map(Entry::into_value) {
+            Some(standing) if age(&standing) >= age(&known) => Op::Nop,
+            Some(standing) if standing.revision == NOT_MADE => Op::Put(Arc::new(with_deferred(known.clone(), &standing))),
+            _ => Op::Put(Arc::new(known.clone())),
+        });
     }
 
     /// Applies a transition to what this process knows of a job, and leaves it to the next change to write and tell it: here, or wherever
     /// [`Self::known`] is sent. If another change comes first, it is forgotten.
     pub fn defer(&self, job_id: &str, transition: &Transition) {
-        let Some(mut known) = self.known(job_id) else { return };
-        if known.record.as_mut().is_some_and(|record| transition::apply(record, transition, SystemTime::now())) {
-            self.remember(known);
-        }
+        self.known.entry_by_ref(job_id).and_compute_with(|standing| {
+            let Some(mut known) = standing.map(|standing| standing.into_value().as_ref().clone()) else { return Op::Nop };
+            let applied =
+                known.record.as_mut().is_some_and(|record| transition::apply(record, transition, SystemTime::now()));
+            if applied { Op::Put(Arc::new(known)) } else { Op::Nop }
+        });
     }
 
     /// A job.
@@ -176,10 +223,13 @@ impl Ledger {
         for _ in 0..MAX_SWAPS {
             let from_memory = remembered.is_some();
             let KnownJob { record, revision, written } = match remembered.take() {
-                Some(remembered) => remembered,
-                None => match self.bus.get(Bucket::Jobs, job_id).await? {
-                    Some(entry) => up_to_date(decode(&entry.value, "job", job_id)?, entry.revision),
-                    None => return Ok((Outcome::Unknown, Vec::new())),
+                Some(remembered) if remembered.revision != NOT_MADE => remembered,
+                expected => match self.current(job_id, expected.as_ref()).await? {
+                    Some(found) => found,
+                    None => {
+                        self.known.invalidate(job_id);
+                        return Ok((Outcome::Unknown, Vec::new()));
+                    }
                 },
             };
             let mut record = record.unwrap_or_default();
@@ -259,6 +309,11 @@ impl Ledger {
 /// What is known of a job when its entry was just read or written.
 fn up_to_date(record: JobRecord, revision: u64) -> KnownJob {
     KnownJob { written: record.log.len() as u64, record: Some(record), revision }
+}
+
+/// An entry as it was just read, with what `expected` has that is not written yet, unless something else was written since.
+fn with_deferred(found: KnownJob, expected: &KnownJob) -> KnownJob {
+    if found.written == expected.written { KnownJob { revision: found.revision, ..expected.clone() } } else { found }
 }
 
 /// A record's job id; empty if the record has no job.
