@@ -15,6 +15,10 @@ from .vocabulary import BACKGROUNDS, COLOR_NAMES, POSITION_NAMES, POSITIONS, THI
 TINTS = [None, *COLOR_NAMES]
 # How far a thing may lie from its place, in pixels.
 SHIFTS = [(dx, dy) for dy in (-3, -2, -1, 0, 1, 2, 3) for dx in (-3, -2, -1, 0, 1, 2, 3)]
+# Hues in degrees of the colours' names, from..to, for what a drawing's own colours are called.
+HUES = (("red", 345, 361), ("red", 0, 16), ("orange", 16, 41), ("yellow", 41, 66), ("green", 66, 175), ("blue", 175, 250), ("purple", 250, 292), ("pink", 292, 345))
+# A thing is called by a colour of its own if so much of its drawing has it: an undyed carrot is an orange carrot, for all its green leaves.
+OWN_SHARE = .6
 # A place whose sprite leaves more than this part of what it should explain is not accepted as that thing.
 MOST_LEFT = .30
 
@@ -135,9 +139,29 @@ def is_thing(found: Found, thing: int) -> bool:
     return found.left <= MOST_LEFT and found.thing == thing
 
 
+@lru_cache(maxsize=None)
+def own_color(thing: int) -> str | None:
+    """The colour that most of the thing's drawing has, if there is one."""
+    art = scenes.sprite(thing, None, 64)
+    rgb = art[art[..., 3] > .5][:, :3]
+    most, spread = rgb.max(-1), np.ptp(rgb, -1)
+    r, g, b = rgb.T / np.maximum(spread, 1e-6)
+    hue = np.where(rgb[:, 0] == most, (g - b) % 6, np.where(rgb[:, 1] == most, b - r + 2, r - g + 4)) * 60
+    colored = spread > .3 * most
+    dark = colored & (hue >= 8) & (hue < 41) & (most < .66)
+    pale = colored & ((hue < 16) | (hue >= 345)) & (rgb.min(-1) > .4)
+    share = {"brown": dark.mean(), "pink": pale.mean()}
+    for name, low, high in HUES:
+        share[name] = share.get(name, 0) + (colored & ~dark & ~pale & (hue >= low) & (hue < high)).mean()
+    name = max(share, key=share.get)
+    return name if share[name] >= OWN_SHARE else None
+
+
 def is_color(found: Found, thing: int, color: str) -> bool:
-    """Whether that colour explains the thing here best. A thing drawn in its own colours passes if those are nearly the colour asked for."""
+    """Whether that colour explains the thing here best. A thing drawn in its own colours passes if those are, or nearly are, the colour asked for."""
     errors = found.errors[thing]
+    if found.color is None and own_color(thing) == color:
+        return True
     asked = errors[TINTS.index(color)]
     others = min(errors[TINTS.index(c)] for c in COLOR_NAMES if c != color)
     return asked < others and (asked <= errors[0] or errors[0] > .5 * asked)

@@ -38,7 +38,7 @@ def emoji_folder() -> Path:
     """The folder of flat SVGs."""
     folder = home() / "packages" / "fluentui-emoji-1.3.0"
     if not folder.exists():
-        archive = fetch(*EMOJI, ["npm", "pack", "fluentui-emoji@1.3.0"])
+        archive = fetch(*EMOJI, ["npm", "pack", "--silent", "fluentui-emoji@1.3.0"])
         with tarfile.open(archive) as tar:
             members = [m for m in tar.getmembers() if m.name.startswith("package/icons/flat/")]
             tar.extractall(folder.with_suffix(".part"), members, filter="data")
