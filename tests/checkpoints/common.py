@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 HERE = Path(__file__).parent
 # Prompts of the golden tensors: short; with digits, accents, punctuation and another script; long.
 PROMPTS = ("a red apple", "Two cats, 3 dögs & an owl's nest — 苹果!  (8k)", "the quick brown fox jumps over the lazy dog while it's raining and we've 42 reasons to stay at home tonight")
 NEGATIVE = "blurry, low quality"
+# Longer than CLIP reads, which is cut there; T5 reads all of it.
+LONG = " ".join(["a red apple and two cats jumps over the lazy dog"] * 4)
 WORDS = "a the red blue apple cat cats dog dogs owl nest quick brown fox jumps over lazy raining reasons stay home tonight picture of in on and with two three while it's we've".split()
 
 
@@ -58,6 +60,29 @@ def published_clip_files(folder, tokenizer):
     (folder / "tokenizer.json").unlink()
 
 
+def t5_tokenizer():
+    """T5's tokenizer with the words of WORDS, and letters for the rest."""
+    letters = sorted({letter for prompt in PROMPTS for letter in prompt.lower() if letter not in " —苹果"})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [("▁" + word, -3.0 - i * .01) for i, word in enumerate(sorted(set(WORDS)))] + [(letter, -6.0 - i * .01) for i, letter in enumerate(letters)]
+    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=2, model_max_length=512)
+    return tokenizer, len(tokenizer)
+
+
+CHAT = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def qwen_tokenizer():
+    """Qwen's tokenizer with few merges, and its way of writing a chat down."""
+    letters = bytes_as_letters()
+    merges = [("c", "a"), ("ca", "t"), ("Ġ", "a"), ("t", "h"), ("th", "e"), ("o", "n"), ("i", "n")]
+    vocabulary = {token: i for i, token in enumerate(letters + ["".join(pair) for pair in merges])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=131072)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT
+    return tokenizer, len(tokenizer)
+
+
 @torch.no_grad()
 def randomise(*models):
     """Norms off 1, biases that show, weights that keep the size of what goes through."""
@@ -83,12 +108,12 @@ def write_golden(folder, golden):
 
 
 @torch.no_grad()
-def record(pipe, golden, key, prompt, seed, **options):
-    """Latents after every evaluation, and the picture (uint8), into golden[key + ...]."""
+def record(pipe, golden, key, prompt, seed, unpack=lambda latents: latents, **options):
+    """Latents after every evaluation, `unpack`ed, and the picture (uint8), into golden[key + ...]."""
     latents = []
 
     def note(_, __, ___, tensors):
-        latents.append(tensors["latents"].clone())
+        latents.append(unpack(tensors["latents"]).clone())
         return tensors
 
     out = pipe(prompt, generator=torch.Generator().manual_seed(seed), callback_on_step_end=note, output_type="np", **options)

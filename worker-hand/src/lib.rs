@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`service`] (the worker), [`places`] (how many tasks it holds), [`engine_loop`] (the thread that steps a running batch),
 //! [`turns`] (who is advanced next), [`profile`] (how many together), [`checkpoints`] (going on after a crash), [`encode`] (image files),
-//! [`noise`], [`samplers`] and [`networks`] (shared by families), [`families`] (the models).
+//! [`latent`], [`noise`], [`samplers`] and [`networks`] (shared by families), [`families`] (the models).
 //!
 //! Deliberately absent: language, and everything that a brain knows.
 
@@ -10,6 +10,7 @@ mod checkpoints;
 pub mod encode;
 pub mod engine_loop;
 pub mod families;
+pub mod latent;
 pub mod networks;
 pub mod noise;
 mod places;

@@ -254,6 +254,16 @@ pub(crate) enum ModelsDo {
         #[arg(value_name = "MODEL")]
         name: Option<String>,
     },
+    /// Show what a model is made of: its parts, their sizes, the memory they take, the space of its control signal
+    #[cfg(feature = "local")]
+    Inspect {
+        /// The model: a name or a model folder.
+        #[arg(value_name = "MODEL")]
+        name: Option<String>,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// Commands that only list.

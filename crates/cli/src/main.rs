@@ -136,6 +136,10 @@ async fn run_async(command: &Do, settings: &Settings) -> Result<(), Failure> {
             #[cfg(feature = "local")]
             Some(args::ModelsDo::Fetch { name }) => local::models::fetch(settings, name.as_deref()),
             #[cfg(feature = "local")]
+            Some(args::ModelsDo::Inspect { name, json }) => {
+                local::inspect::inspect(settings, name.as_deref(), *json || args.json)
+            }
+            #[cfg(feature = "local")]
             None if named.is_empty() => local::models::list(settings, args.json),
             _ => cluster::list_models(server()?, args.json).await,
         },

@@ -1,7 +1,7 @@
 //! What brains and hands share.
 //!
 //! Read in this order: [`engine`] (the contract that every brain and hand implements), [`signal`] (the control signal between them),
-//! [`pipeline`] (a model folder: which brain, connector and hand go together), [`weights`] (safetensors and GGUF, checked),
+//! [`pipeline`] (a model folder: which brain, connector and hand go together), [`weights`] (safetensors and GGUF, checked), [`memory`] (whether they fit),
 //! [`nn`] (building blocks of models), [`devices`] (what there is to compute on, and that nobody else does), [`thread`] (the OS thread that owns
 //! an engine), [`watchdog`] (that it comes back), [`intake`] (pulling from lanes), [`task`] (a
 //! leased task and its duties), [`lifecycle`] (registration, heartbeat, drain), [`stage_time`] (what work takes), [`sim`] (what simulated engines agree on), [`testing`] (the conformance kit).
@@ -12,6 +12,7 @@ pub mod devices;
 pub mod engine;
 pub mod intake;
 pub mod lifecycle;
+pub mod memory;
 pub mod nn;
 pub mod pipeline;
 pub mod signal;

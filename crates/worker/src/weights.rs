@@ -3,6 +3,8 @@
 //! A file may come from anywhere: lengths are checked against the file before memory is reserved, and a file that does not fit the
 //! model is refused with every difference at once. Deliberately absent: pickled formats, which can carry code.
 
+mod stored;
+
 use std::{
     collections::{BTreeMap, HashMap},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -12,7 +14,9 @@ use std::{
 use candle_core::{DType, Device, Tensor, quantized::gguf_file};
 use rayon::prelude::*;
 
-use crate::thread::panic_message;
+use crate::{memory, thread::panic_message};
+
+pub use stored::{Measure, measure};
 
 /// Most bytes of a weights' file.
 const MAX_FILE: u64 = 64 << 30;
@@ -39,6 +43,16 @@ pub enum Error {
         /// What is wrong.
         what: String,
     },
+    /// There is no room for the values.
+    #[error("{} needs {} for its values in f32, {} can be had: another machine, or a smaller model", path.display(), gigabytes(*needed), gigabytes(*available))]
+    TooLarge {
+        /// Which file, or the first of its shards.
+        path: PathBuf,
+        /// Bytes.
+        needed: u64,
+        /// Bytes.
+        available: u64,
+    },
     /// The tensors are not those of the model.
     #[error("{}: {}", path.display(), told(differences))]
     Mismatch {
@@ -47,6 +61,10 @@ pub enum Error {
         /// Each one names a tensor.
         differences: Vec<String>,
     },
+}
+
+fn gigabytes(bytes: u64) -> String {
+    format!("{:.1} GB", bytes as f64 / 1e9)
 }
 
 fn told(differences: &[String]) -> String {
@@ -72,17 +90,21 @@ impl Weights {
     /// # Errors
     /// If the file cannot be read, is malformed, or has values of another type or that are not finite.
     pub fn open_safetensors(path: &Path, device: &Device) -> Result<Self, Error> {
-        Self::checked(path, device, read_safetensors(path, device)?)
+        Self::open_shards(&[path.to_owned()], device)
     }
 
     /// Reads every tensor of several safetensors files, which are shards of one.
     ///
     /// # Errors
-    /// As [`Weights::open_safetensors`], and if two have a tensor of the same name.
+    /// As [`Weights::open_safetensors`], if two have a tensor of the same name, and, on CPU, if there is no room for all: told before any is read.
     pub fn open_shards(paths: &[PathBuf], device: &Device) -> Result<Self, Error> {
         let mut tensors = BTreeMap::new();
+        let first = paths.first().map_or(Path::new(""), |path| path);
+        if device.is_cpu() {
+            check_room(first, measure(paths)?.memory(), memory::available())?;
+        }
         for path in paths {
-            for (name, tensor) in read_safetensors(path, device)? {
+            for (name, tensor) in stored::read(path, device)? {
                 if tensors.insert(name.clone(), tensor).is_some() {
                     return Err(Error::Malformed {
                         path: path.clone(),
@@ -91,7 +113,7 @@ impl Weights {
                 }
             }
         }
-        Self::checked(paths.first().map_or(Path::new(""), |path| path), device, tensors)
+        Self::checked(first, device, tensors)
     }
 
     /// The `wanted` tensors of a GGUF file, dequantised to f32.
@@ -133,6 +155,11 @@ impl Weights {
         self.tensors.contains_key(name)
     }
 
+    /// Renames every tensor that is not taken yet.
+    pub fn rename(&mut self, name: impl Fn(&str) -> String) {
+        self.tensors = std::mem::take(&mut self.tensors).into_iter().map(|(old, tensor)| (name(&old), tensor)).collect();
+    }
+
     /// Takes a tensor. If it is missing or of another shape, that is noted for [`Weights::finish`], and zeros stand in for it (they take
     /// no memory, whatever the shape).
     pub fn get(&mut self, name: &str, shape: &[usize]) -> Tensor {
@@ -164,25 +191,11 @@ impl Weights {
     }
 }
 
-fn read_safetensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>, Error> {
-    let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
-    check_size(path)?;
-    let bytes = std::fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
-    let file = safetensors::SafeTensors::deserialize(&bytes)
-        .map_err(|error| malformed(format!("not a safetensors file, or a truncated one: {error}")))?;
-    // Positions that old versions of transformers saved beside the weights: integers that count from 0.
-    let views: Vec<_> = file.iter().filter(|(name, _)| !name.ends_with("position_ids")).collect();
-    let tensors = views
-        .into_par_iter()
-        .map(|(name, view)| {
-            let values = floats(view.dtype(), view.data()).ok_or_else(|| {
-                malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", view.dtype()))
-            })?;
-            let tensor = Tensor::from_vec(values, view.shape(), device);
-            Ok((name.to_owned(), tensor.map_err(|error| malformed(format!("tensor {name}: {error}")))?))
-        })
-        .collect::<Result<BTreeMap<_, _>, Error>>()?;
-    Ok(tensors)
+fn check_room(path: &Path, needed: u64, available: Option<u64>) -> Result<(), Error> {
+    match available {
+        Some(available) if needed > available => Err(Error::TooLarge { path: path.to_owned(), needed, available }),
+        _ => Ok(()),
+    }
 }
 
 /// A GGUF file in memory: metadata (tokenizer, sizes) and tensors, read once.
@@ -221,6 +234,17 @@ impl Gguf {
         Ok(Self { path: path.to_owned(), content, bytes })
     }
 
+    /// What the file holds.
+    pub fn measure(&self) -> Measure {
+        let tensors = self.content.tensor_infos.values();
+        Measure {
+            tensors: self.content.tensor_infos.len(),
+            parameters: tensors.clone().map(|tensor| tensor.shape.elem_count() as u64).sum(),
+            bytes: self.bytes.len() as u64,
+            types: tensors.map(|tensor| format!("{:?}", tensor.ggml_dtype).to_lowercase()).collect(),
+        }
+    }
+
     /// What the file says of the model, by key.
     pub fn metadata(&self) -> &HashMap<String, gguf_file::Value> {
         &self.content.metadata
@@ -244,20 +268,6 @@ fn guarded<T>(read: impl FnOnce() -> candle_core::Result<T>) -> Result<T, String
         Ok(outcome) => outcome.map_err(|error| error.to_string()),
         Err(panic) => Err(panic_message(panic.as_ref())),
     }
-}
-
-/// Little-endian values of a float type as f32; `None` for other types.
-fn floats(dtype: safetensors::Dtype, data: &[u8]) -> Option<Vec<f32>> {
-    Some(match dtype {
-        safetensors::Dtype::F32 => data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        safetensors::Dtype::F16 => {
-            data.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect()
-        }
-        safetensors::Dtype::BF16 => {
-            data.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect()
-        }
-        _ => return None,
-    })
 }
 
 #[cfg(test)]
@@ -334,6 +344,17 @@ mod tests {
         Weights::open_safetensors(&path, &Device::Cpu).unwrap().finish().unwrap();
         let missing = Weights::open_safetensors(Path::new("/nowhere/w"), &Device::Cpu).unwrap_err();
         assert!(matches!(missing, Error::Read { .. }), "{missing}");
+    }
+
+    #[test]
+    fn files_are_measured_by_their_headers() {
+        let (_folder, path) = write(&two());
+        let measure = measure(&[path.clone(), path.clone()]).unwrap();
+        assert_eq!((measure.tensors, measure.parameters, measure.bytes, measure.memory()), (4, 8, 24, 32));
+        assert_eq!(measure.types.into_iter().collect::<Vec<_>>(), ["f16", "f32"]);
+        assert!(check_room(&path, 10, None).is_ok() && check_room(&path, 10, Some(10)).is_ok());
+        let error = check_room(&path, 12_300_000_000, Some(5_000_000_000)).unwrap_err().to_string();
+        assert!(error.contains("needs 12.3 GB for its values in f32, 5.0 GB can be had"), "{error}");
     }
 
     fn gguf(tensors: u64, name_length: u64, dims: &[u64], data: &[u8]) -> Vec<u8> {

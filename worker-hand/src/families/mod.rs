@@ -1,8 +1,11 @@
 //! Hands by family. A new one is a folder and a line in [`FAMILIES`].
 
+pub mod flux;
 pub mod pictogram;
 pub mod sim;
 pub mod stable_diffusion;
+pub mod stable_diffusion_3;
+pub mod z_image;
 
 use candle_core::Device;
 use efferent_proto::{ApiError, v1::ErrorCode};
@@ -15,7 +18,13 @@ use efferent_worker::{
 type Load = fn(&Pipeline, &Device) -> Result<Box<dyn Hand>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 2] = [("pictogram", pictogram::load), ("stable_diffusion", stable_diffusion::load)];
+pub const FAMILIES: [(&str, Load); 5] = [
+    ("flux", flux::load),
+    ("pictogram", pictogram::load),
+    ("stable_diffusion", stable_diffusion::load),
+    ("stable_diffusion_3", stable_diffusion_3::load),
+    ("z_image", z_image::load),
+];
 
 /// Builds the hand of a pipeline.
 pub fn factory(pipeline: &Pipeline, device: Device) -> Factory<dyn Hand> {

@@ -5,4 +5,8 @@
 pub mod autoencoder;
 mod blocks;
 pub mod flux;
+mod joint;
+mod rotary;
+pub mod sd3;
 pub mod unet;
+pub mod z_image;

@@ -33,7 +33,17 @@ impl Linear {
     /// # Errors
     /// Never on weights of that shape.
     pub fn of_convolution(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
-        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, 1, 1]).reshape((outputs, inputs))?;
+        Self::of_patches(weights, name, inputs, 1, outputs)
+    }
+
+    /// A convolution whose stride is its side as a map of patches, whose values are ordered by channel, row and column: takes `{name}.weight` of
+    /// (out, in, side, side) and `{name}.bias`.
+    ///
+    /// # Errors
+    /// Never on weights of that shape.
+    pub fn of_patches(weights: &mut Weights, name: &str, inputs: usize, side: usize, outputs: usize) -> Result<Self> {
+        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, side, side]);
+        let weight = weight.reshape((outputs, inputs * side * side))?;
         Ok(Self { weight: transposed(weight), bias: Some(weights.get(&format!("{name}.bias"), &[outputs])) })
     }
 

@@ -35,9 +35,12 @@ struct Class {
 }
 
 /// Every class that is known.
-const CLASSES: [Class; 2] = [
+const CLASSES: [Class; 5] = [
+    Class { name: "FluxPipeline", describe: flux },
+    Class { name: "StableDiffusion3Pipeline", describe: stable_diffusion_3 },
     Class { name: "StableDiffusionPipeline", describe: stable_diffusion },
     Class { name: "StableDiffusionXLPipeline", describe: stable_diffusion_xl },
+    Class { name: "ZImagePipeline", describe: z_image },
 ];
 
 /// What is served of a pipeline.
@@ -51,10 +54,13 @@ struct Described {
     guidance: f32,
     /// Usual size, width and height.
     size: (u32, u32),
-    /// Pixels that a cell of a latent stands for.
+    /// Pixels that a side must be a multiple of.
     multiple: u32,
+    /// Longest side, if the network knows no longer one.
+    longest: Option<u32>,
     samplers: Vec<scheduler::Sampler>,
     max_prompt_tokens: u32,
+    negative_prompt: bool,
 }
 
 /// A pipeline's folder.
@@ -119,6 +125,12 @@ fn sides(config: &Map<String, Value>, field: &str) -> Option<(u32, u32)> {
     }
 }
 
+/// A size of a configuration, or what diffusers takes if it is left out.
+fn size_of(config: &Map<String, Value>, field: &str, usual: u32) -> u32 {
+    let value = config.get(field).and_then(Value::as_u64).unwrap_or(usual.into());
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
 /// Pixels that a cell of a latent stands for, along each side.
 fn latent_cell(vae: &Map<String, Value>) -> u32 {
     let levels = vae.get("block_out_channels").and_then(Value::as_array).map_or(4, Vec::len);
@@ -153,13 +165,15 @@ fn unet_pipeline(
         brain: "text_encoders",
         brain_config: brain,
         hand: "stable_diffusion",
-        hand_config: json!({ "layers": layers }),
+        hand_config: json!({ "layers": layers, "width": size_of(&unet, "cross_attention_dim", 1280) }),
         steps,
         guidance,
         size: (width.saturating_mul(cell), height.saturating_mul(cell)),
         multiple: cell,
+        longest: None,
         samplers: scheduler.samplers(),
         max_prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
+        negative_prompt: true,
     })
 }
 
@@ -205,6 +219,156 @@ fn stable_diffusion_xl(folder: &Folder<'_>) -> Result<Described, Error> {
     unet_pipeline(folder, "Stable Diffusion XL", 50, 5.0, brain, tokens)
 }
 
+/// Cells of a latent along a side that the pipelines of transformers draw unless told otherwise.
+const USUAL_CELLS: u32 = 128;
+/// Cells of a patch along each side, in the same.
+const PATCH: u32 = 2;
+/// Most tokens that T5 reads of a text for FLUX.1.
+const FLUX_TOKENS: u32 = 512;
+
+fn flux(folder: &Folder<'_>) -> Result<Described, Error> {
+    folder.wants(&[
+        ("text_encoder", &["CLIPTextModel"]),
+        ("tokenizer", &["CLIPTokenizer", "CLIPTokenizerFast"]),
+        ("text_encoder_2", &["T5EncoderModel"]),
+        ("tokenizer_2", &["T5Tokenizer", "T5TokenizerFast"]),
+        ("transformer", &["FluxTransformer2DModel"]),
+        ("vae", &["AutoencoderKL"]),
+        ("scheduler", &["FlowMatchEulerDiscreteScheduler"]),
+    ])?;
+    let (transformer, vae) = (folder.config("transformer")?, folder.config("vae")?);
+    // Trained to be told the strength of guidance (dev), or to do without in few steps (schnell).
+    let guided = transformer.get("guidance_embeds").and_then(Value::as_bool).unwrap_or(false);
+    let cell = latent_cell(&vae);
+    Ok(Described {
+        description: if guided { "FLUX.1, told the strength of guidance" } else { "FLUX.1 in few steps" },
+        brain: "text_encoders",
+        brain_config: json!({
+            "encoders": [
+                { "kind": "clip", "folder": "text_encoder", "tokenizer": "tokenizer", "max_tokens": folder.longest("tokenizer")?, "cut": true },
+                { "kind": "t5", "folder": "text_encoder_2", "tokenizer": "tokenizer_2", "max_tokens": FLUX_TOKENS },
+            ],
+            "text": [[{ "encoder": 1, "layer": "last" }]],
+            "pooled": [0],
+            "layers": "t5@last",
+            "empty_negative": "nothing",
+        }),
+        hand: "flux",
+        hand_config: json!({ "layers": "t5@last", "width": size_of(&transformer, "joint_attention_dim", 4096) }),
+        steps: if guided { 28 } else { 4 },
+        guidance: if guided { 3.5 } else { 0.0 },
+        size: (USUAL_CELLS * cell, USUAL_CELLS * cell),
+        multiple: cell * PATCH,
+        longest: None,
+        samplers: folder.scheduler()?.samplers(),
+        max_prompt_tokens: FLUX_TOKENS,
+        negative_prompt: false,
+    })
+}
+
+/// Most tokens that T5 reads of a text for Stable Diffusion 3.
+const SD3_TOKENS: u32 = 256;
+
+fn stable_diffusion_3(folder: &Folder<'_>) -> Result<Described, Error> {
+    let mut wanted: Vec<(&str, &[&str])> = vec![
+        ("text_encoder", &["CLIPTextModelWithProjection"]),
+        ("tokenizer", &["CLIPTokenizer", "CLIPTokenizerFast"]),
+        ("text_encoder_2", &["CLIPTextModelWithProjection"]),
+        ("tokenizer_2", &["CLIPTokenizer", "CLIPTokenizerFast"]),
+        ("transformer", &["SD3Transformer2DModel"]),
+        ("vae", &["AutoencoderKL"]),
+        ("scheduler", &["FlowMatchEulerDiscreteScheduler"]),
+    ];
+    // T5 may be left out to save memory: zeros stand for its states.
+    let t5 = folder.parts().any(|(name, _)| name == "text_encoder_3");
+    if t5 {
+        wanted.extend::<[(&str, &[&str]); 2]>([
+            ("text_encoder_3", &["T5EncoderModel"]),
+            ("tokenizer_3", &["T5Tokenizer", "T5TokenizerFast"]),
+        ]);
+    }
+    folder.wants(&wanted)?;
+    let (transformer, vae) = (folder.config("transformer")?, folder.config("vae")?);
+    let number = |field: &str, usual: u32| size_of(&transformer, field, usual);
+    let (cell, patch) = (latent_cell(&vae), number("patch_size", 2));
+    let side = number("sample_size", USUAL_CELLS).saturating_mul(cell);
+    let tokens = folder.longest("tokenizer")?;
+    let clip = |part: &str, tokenizer: &str| json!({ "kind": "clip", "folder": part, "tokenizer": tokenizer, "projected": true, "max_tokens": tokens, "cut": t5 });
+    let mut encoders = vec![clip("text_encoder", "tokenizer"), clip("text_encoder_2", "tokenizer_2")];
+    let mut text = vec![json!([{ "encoder": 0, "layer": "penultimate" }, { "encoder": 1, "layer": "penultimate" }])];
+    let mut zeros = Value::Null;
+    if t5 {
+        encoders.push(json!({ "kind": "t5", "folder": "text_encoder_3", "tokenizer": "tokenizer_3", "max_tokens": SD3_TOKENS }));
+        text.push(json!([{ "encoder": 2, "layer": "last" }]));
+    } else {
+        zeros = json!([SD3_TOKENS, number("joint_attention_dim", 4096)]);
+    }
+    let layers = if t5 { "clip@-2+clip@-2,t5@last" } else { "clip@-2+clip@-2,zeros" };
+    Ok(Described {
+        description: "Stable Diffusion 3",
+        brain: "text_encoders",
+        brain_config: json!({
+            "encoders": encoders,
+            "text": text,
+            "zeros": zeros,
+            "pooled": [0, 1],
+            "layers": layers,
+            "empty_negative": "text",
+        }),
+        hand: "stable_diffusion_3",
+        hand_config: json!({ "layers": layers, "width": number("joint_attention_dim", 4096) }),
+        steps: 28,
+        guidance: 7.0,
+        size: (side, side),
+        multiple: cell.saturating_mul(patch),
+        longest: Some(number("pos_embed_max_size", 96).saturating_mul(patch).saturating_mul(cell)),
+        samplers: folder.scheduler()?.samplers(),
+        max_prompt_tokens: if t5 { SD3_TOKENS } else { u32::try_from(tokens).unwrap_or(u32::MAX) },
+        negative_prompt: true,
+    })
+}
+
+/// Most tokens of a text for Z-Image, its template included.
+const Z_IMAGE_TOKENS: u32 = 512;
+
+fn z_image(folder: &Folder<'_>) -> Result<Described, Error> {
+    folder.wants(&[
+        ("text_encoder", &["Qwen3Model", "Qwen3ForCausalLM"]),
+        ("tokenizer", &["Qwen2Tokenizer", "Qwen2TokenizerFast"]),
+        ("transformer", &["ZImageTransformer2DModel"]),
+        ("vae", &["AutoencoderKL"]),
+        ("scheduler", &["FlowMatchEulerDiscreteScheduler"]),
+    ])?;
+    let cell = latent_cell(&folder.config("vae")?);
+    let transformer = folder.config("transformer")?;
+    let places = |axis: usize| transformer.get("axes_lens")?.get(axis)?.as_u64()?.try_into().ok();
+    let longest = [1, 2].map(|axis| places(axis).unwrap_or(u32::MAX)).into_iter().min();
+    Ok(Described {
+        description: "Z-Image",
+        brain: "text_encoders",
+        brain_config: json!({
+            "encoders": [{
+                "kind": "decoder", "folder": "text_encoder", "tokenizer": "tokenizer", "max_tokens": Z_IMAGE_TOKENS,
+                "template": ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"],
+            }],
+            "text": [[{ "encoder": 0, "layer": "penultimate" }]],
+            "pooled": [],
+            "layers": "qwen3@-2",
+            "empty_negative": "text",
+        }),
+        hand: "z_image",
+        hand_config: json!({ "layers": "qwen3@-2", "width": size_of(&transformer, "cap_feat_dim", 2560) }),
+        steps: 50,
+        guidance: 5.0,
+        size: (USUAL_CELLS * cell, USUAL_CELLS * cell),
+        multiple: cell * PATCH,
+        longest: longest.map(|places: u32| places.saturating_mul(PATCH).saturating_mul(cell)),
+        samplers: folder.scheduler()?.samplers(),
+        max_prompt_tokens: Z_IMAGE_TOKENS,
+        negative_prompt: true,
+    })
+}
+
 /// The manifest that a folder amounts to, and a hash of what is in it.
 pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
     let index: Map<String, Value> = read_json(&path.join(INDEX))?;
@@ -217,7 +381,7 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         .ok_or_else(|| folder.malformed(format!("_class_name is {name:?}; this program runs {}", known())))?;
     let described = (class.describe)(&folder)?;
     let Described { size: (width, height), multiple, samplers, .. } = described;
-    let longest = width.max(height).saturating_mul(LONGEST);
+    let longest = width.max(height).saturating_mul(LONGEST).min(described.longest.unwrap_or(u32::MAX));
     if width == 0 || height == 0 || longest > 16_384 {
         return Err(folder.malformed(format!("pictures of {width}x{height} pixels cannot be")));
     }
@@ -236,7 +400,7 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         max_guidance_scale: MAX_GUIDANCE,
         max_image_count: MAX_IMAGES,
         max_prompt_tokens: described.max_prompt_tokens,
-        negative_prompt: true,
+        negative_prompt: described.negative_prompt,
     };
     let model = model_name(path);
     let manifest = Manifest {
@@ -255,6 +419,20 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
     };
     let hash = fingerprint(&folder)?;
     Ok((manifest, hash))
+}
+
+/// Every part that has weights, and its class.
+///
+/// # Errors
+/// If the index cannot be read.
+pub fn parts(path: &Path) -> Result<Vec<(String, String)>, Error> {
+    let folder = Folder { path, index: read_json(&path.join(INDEX))? };
+    let used = |name: &str| !UNUSED.contains(&name) && path.join(name).join("config.json").is_file();
+    Ok(folder
+        .parts()
+        .filter(|(name, _)| used(name))
+        .map(|(name, class)| (name.to_owned(), class.to_owned()))
+        .collect())
 }
 
 /// A name from the folder's: its own, or that of the repository it is a snapshot of in a download cache.

@@ -166,6 +166,19 @@ pub struct Pipeline {
     hand_hash: String,
 }
 
+/// A part of a model, and where its weights lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stored {
+    /// Which worker loads it: `brain` (its connector too) or `hand`; `connector` for a connector.
+    pub role: &'static str,
+    /// What the folder calls it.
+    pub name: String,
+    /// Its family, or its class in diffusers and transformers.
+    pub kind: String,
+    /// Safetensors files: one, or shards.
+    pub files: Vec<PathBuf>,
+}
+
 impl Pipeline {
     /// Reads a model folder's manifest and hashes its weights.
     ///
@@ -291,6 +304,51 @@ impl Pipeline {
             normalisation: normalisation.to_owned(),
             revision: self.connector_hash.clone(),
         }
+    }
+
+    /// The space that the configuration tells of, without weights having been read; none of families that do not write it down.
+    pub fn declared_space(&self) -> Option<ControlSpace> {
+        let number = |value: &serde_json::Value, field: &str| u32::try_from(value.get(field)?.as_u64()?).ok();
+        let Manifest { brain, connector, hand, .. } = &self.manifest;
+        match connector {
+            Some(part) if part.family == "queries" => {
+                let layer = brain.config.get("layer")?.as_u64()?;
+                let queries = number(&part.config, "queries")?;
+                Some(self.space(number(&part.config, "width")?, format!("queries{queries}@{layer}"), "rms"))
+            }
+            Some(_) => None,
+            None => {
+                let layers = hand.config.get("layers")?.as_str()?;
+                Some(self.space(number(&hand.config, "width")?, layers.to_owned(), "none"))
+            }
+        }
+    }
+
+    /// The files of each part's weights that lie in the folder; a fetched brain's do not.
+    ///
+    /// # Errors
+    /// If a file is missing, or an index is malformed.
+    pub fn stored(&self) -> Result<Vec<Stored>, Error> {
+        let Manifest { brain, connector, hand, .. } = &self.manifest;
+        if self.path.ends_with(diffusers::INDEX) {
+            let encoders = brain.config.get("encoders").and_then(serde_json::Value::as_array);
+            let of_brain = |part: &str| {
+                encoders.into_iter().flatten().any(|encoder| encoder.get("folder").is_some_and(|name| name == part))
+            };
+            let parts = diffusers::parts(&self.folder)?.into_iter();
+            return parts
+                .map(|(name, kind)| {
+                    let (files, _) = diffusers::weights(&self.folder.join(&name))?;
+                    Ok(Stored { role: if of_brain(&name) { "brain" } else { "hand" }, name, kind, files })
+                })
+                .collect();
+        }
+        let parts = connector.iter().map(|part| ("connector", part)).chain([("hand", hand)]);
+        let with_weights = parts.filter_map(|(role, part)| {
+            let files = vec![self.folder.join(part.weights.as_ref()?)];
+            Some(Ok(Stored { role, name: part.name.clone(), kind: part.family.clone(), files }))
+        });
+        with_weights.collect()
     }
 
     /// What clients see of it.

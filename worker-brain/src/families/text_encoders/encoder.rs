@@ -2,11 +2,15 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use efferent_proto::{ApiError, v1::ErrorCode};
 use efferent_worker::{
     engine::EngineError,
-    nn::{clip, clip::Clip},
+    nn::{
+        clip::{self, Clip},
+        decoder::{self, Decoder, Naming},
+        t5::{self, T5},
+    },
     pipeline::{diffusers, read_json},
     weights::Weights,
 };
@@ -25,9 +29,16 @@ pub struct Config {
     /// Its tokenizer's.
     pub tokenizer: String,
     /// Whether its pooled vector is projected.
+    #[serde(default)]
     pub projected: bool,
     /// Tokens of a text, the start, the end and the padding included: every text is padded to so many.
     pub max_tokens: usize,
+    /// Whether a longer text is cut, because another encoder reads the whole; else it is refused.
+    #[serde(default)]
+    pub cut: bool,
+    /// What is written before and after a text.
+    #[serde(default)]
+    pub template: (String, String),
 }
 
 /// Encoders that are known.
@@ -36,6 +47,10 @@ pub struct Config {
 pub enum Kind {
     /// The text half of CLIP.
     Clip,
+    /// T5's encoder. Padding is read as any other token.
+    T5,
+    /// A decoder language model. Texts are not padded: there are as many states as tokens.
+    Decoder,
 }
 
 /// At which layer states are read.
@@ -53,7 +68,82 @@ pub enum Layer {
 pub struct Encoder {
     tokenizer: Tokenizer,
     max_tokens: usize,
-    clip: Clip,
+    cut: bool,
+    template: (String, String),
+    network: Network,
+}
+
+#[derive(Debug)]
+enum Network {
+    Clip(Clip),
+    T5(T5),
+    Decoder(Decoder),
+}
+
+impl Network {
+    /// Reads configuration and weights of a folder. `largest`: the tokenizer's largest id.
+    fn load(folder: &Path, config: &Config, largest: usize, device: &Device) -> Result<Self, EngineError> {
+        let unloadable = unloadable(&config.folder);
+        let path = folder.join("config.json");
+        let open = || {
+            let (files, _) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
+            Weights::open_shards(&files, device).map_err(|e| unloadable(e.into()))
+        };
+        // Before the weights are read, which takes a while.
+        let check = |known: usize| {
+            if largest < known {
+                return Ok(());
+            }
+            let message = format!("{} knows {known} tokens, its tokenizer counts up to {largest}", config.folder);
+            Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config.encoders"))
+        };
+        let (network, weights) = match config.kind {
+            Kind::Clip => {
+                let clip: clip::Config = read_json(&path).map_err(|e| unloadable(e.into()))?;
+                check(clip.vocabulary)?;
+                if config.max_tokens > clip.positions {
+                    let Config { folder, max_tokens, .. } = config;
+                    let message = format!("{folder} reads up to {} tokens, not {max_tokens}", clip.positions);
+                    return Err(ApiError::new(ErrorCode::InvalidField, message)
+                        .field("brain.config.max_tokens")
+                        .into());
+                }
+                let mut weights = open()?;
+                (Clip::new(clip, config.projected, &mut weights).map(Self::Clip), weights)
+            }
+            Kind::T5 => {
+                let t5: t5::Config = read_json(&path).map_err(|e| unloadable(e.into()))?;
+                check(t5.vocabulary)?;
+                let mut weights = open()?;
+                (T5::new(t5, &mut weights).map(Self::T5), weights)
+            }
+            Kind::Decoder => {
+                let fields = read_json(&path).map_err(|e| unloadable(e.into()))?;
+                let decoder = decoder::Config::published(&fields).map_err(|e| unloadable(e.into()))?;
+                let (vocabulary, width) = (decoder.vocabulary, decoder.width);
+                check(vocabulary)?;
+                let mut weights = open()?;
+                if weights.contains("embed_tokens.weight") {
+                    // Saved without the head that predicts tokens, the model has no name of its own.
+                    weights.rename(|name| format!("model.{name}"));
+                } else if weights.contains("lm_head.weight") {
+                    weights.get("lm_head.weight", &[vocabulary, width]);
+                }
+                (Decoder::new(decoder, Naming::Transformers, &mut weights).map(Self::Decoder), weights)
+            }
+        };
+        let network = network.map_err(|e| unloadable(e.into()))?;
+        weights.finish().map_err(|e| unloadable(e.into()))?;
+        Ok(network)
+    }
+
+    fn device(&self) -> &Device {
+        match self {
+            Self::Clip(clip) => clip.device(),
+            Self::T5(t5) => t5.device(),
+            Self::Decoder(decoder) => decoder.device(),
+        }
+    }
 }
 
 impl Encoder {
@@ -62,56 +152,58 @@ impl Encoder {
     /// # Errors
     /// If a file cannot be read, is malformed, or is not of the encoder.
     pub fn load(folder: &Path, config: &Config, device: &Device) -> Result<Self, EngineError> {
-        let Config { kind: Kind::Clip, folder: part, tokenizer, projected, max_tokens } = config;
+        let Config { folder: part, tokenizer, max_tokens, cut, template, .. } = config;
+        let refused = |field: &str, message: String| -> EngineError {
+            ApiError::new(ErrorCode::InvalidField, message).field(field).into()
+        };
         if [part, tokenizer]
             .into_iter()
             .any(|name| name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.'))
         {
             let message = format!("{part:?} and {tokenizer:?} must be plain folder names");
-            return Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config.encoders").into());
+            return Err(refused("brain.config.encoders", message));
         }
-        let unloadable = unloadable(part);
-        let tokenizer = Tokenizer::open(&folder.join(tokenizer)).map_err(|e| unloadable(e.into()))?;
-        let folder = folder.join(part);
-        let config: clip::Config = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
-        if *max_tokens < 2 || *max_tokens > config.positions {
-            let message = format!("{part} reads up to {} tokens, not {max_tokens}", config.positions);
-            return Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config.max_tokens").into());
+        if *max_tokens < 2 {
+            return Err(refused("brain.config.max_tokens", format!("a text of {max_tokens} tokens has no room")));
         }
-        if tokenizer.largest() >= config.vocabulary {
-            let message = format!(
-                "{part} knows {} tokens, its tokenizer counts up to {}",
-                config.vocabulary,
-                tokenizer.largest()
-            );
-            return Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config.encoders").into());
-        }
-        let (files, _) = diffusers::weights(&folder).map_err(|e| unloadable(e.into()))?;
-        let mut weights = Weights::open_shards(&files, device).map_err(|e| unloadable(e.into()))?;
-        let clip = Clip::new(config, *projected, &mut weights).map_err(|e| unloadable(e.into()))?;
-        weights.finish().map_err(|e| unloadable(e.into()))?;
-        Ok(Self { tokenizer, max_tokens: *max_tokens, clip })
+        let tokenizer = Tokenizer::open(&folder.join(tokenizer)).map_err(|e| unloadable(part)(e.into()))?;
+        let network = Network::load(&folder.join(part), config, tokenizer.largest(), device)?;
+        Ok(Self { tokenizer, max_tokens: *max_tokens, cut: *cut, template: template.clone(), network })
     }
 
     /// Channels of a state.
     pub fn width(&self) -> usize {
-        self.clip.config().width
+        match &self.network {
+            Network::Clip(clip) => clip.config().width,
+            Network::T5(t5) => t5.config().width,
+            Network::Decoder(decoder) => decoder.config().width,
+        }
     }
 
-    /// Token ids of a text, padded. Refuses one that is too long, naming the field.
+    /// Token ids of a text in its template, padded if the encoder wants it so. One that is too long is cut before its end token, or refused, naming the field.
     ///
     /// # Errors
     /// If the text is too long, or the tokenizer fails.
     pub fn ids(&self, field: &str, text: &str) -> Result<Vec<u32>, EngineError> {
-        let mut ids =
-            self.tokenizer.encode(text).map_err(|e| EngineError::compute("cannot split a text into tokens", e))?;
+        let (before, after) = &self.template;
+        let mut ids = self
+            .tokenizer
+            .encode(&format!("{before}{text}{after}"))
+            .map_err(|e| EngineError::compute("cannot split a text into tokens", e))?;
         let limit = self.max_tokens;
+        if self.cut && ids.len() > limit {
+            let end = ids.last().copied();
+            ids.truncate(limit - 1);
+            ids.extend(end);
+        }
         if ids.len() > limit {
             let message =
-                format!("{field} takes {} tokens, its start and end included; the model reads {limit}", ids.len());
+                format!("{field} takes {} tokens, what is added around it included; the model reads {limit}", ids.len());
             return Err(ApiError::new(ErrorCode::LimitExceeded, message).field(field).limit(limit.to_string()).into());
         }
-        ids.resize(limit, self.tokenizer.padding());
+        if !matches!(self.network, Network::Decoder(_)) {
+            ids.resize(limit, self.tokenizer.padding());
+        }
         Ok(ids)
     }
 
@@ -120,8 +212,16 @@ impl Encoder {
     /// # Errors
     /// If an id is not of the vocabulary.
     pub fn states(&self, ids: &[u32]) -> candle_core::Result<States<'_>> {
-        let ids = Tensor::new(ids, self.clip.device())?.unsqueeze(0)?;
-        let states = self.clip.states(&ids, None)?;
+        let ids = Tensor::new(ids, self.network.device())?.unsqueeze(0)?;
+        let states = match &self.network {
+            Network::Clip(clip) => clip.states(&ids, None)?,
+            Network::T5(t5) => t5.states(&ids, None)?,
+            Network::Decoder(decoder) => {
+                let layers = decoder.config().layers;
+                let present = Tensor::ones(ids.dims2()?, DType::F32, ids.device())?;
+                decoder.states(&decoder.embed(&ids)?, &present, &[layers.saturating_sub(1), layers])?
+            }
+        };
         Ok(States { encoder: self, ids, states })
     }
 }
@@ -136,9 +236,11 @@ pub struct States<'a> {
 
 impl States<'_> {
     fn normed(&self) -> candle_core::Result<Tensor> {
-        match self.states.last() {
-            Some(last) => self.encoder.clip.final_norm(last),
-            None => candle_core::bail!("an encoder gave no states"),
+        match (&self.encoder.network, &*self.states) {
+            (Network::Clip(clip), [.., last]) => clip.final_norm(last),
+            (Network::Decoder(decoder), [.., last]) => decoder.final_norm(last),
+            (Network::T5(_), [.., normed]) => Ok(normed.clone()),
+            (_, []) => candle_core::bail!("an encoder gave no states"),
         }
     }
 
@@ -147,10 +249,11 @@ impl States<'_> {
     /// # Errors
     /// If the encoder has no such layer.
     pub fn layer(&self, layer: Layer) -> candle_core::Result<Tensor> {
-        match (layer, &*self.states) {
-            (Layer::Last, _) => self.normed()?.get(0),
-            (Layer::Penultimate, [.., penultimate, _]) => penultimate.get(0),
-            (Layer::Penultimate, _) => candle_core::bail!("an encoder without layers has none but the last"),
+        match (layer, &self.encoder.network, &*self.states) {
+            (Layer::Last, ..) => self.normed()?.get(0),
+            (Layer::Penultimate, Network::Clip(_) | Network::Decoder(_), [.., penultimate, _]) => penultimate.get(0),
+            (Layer::Penultimate, Network::T5(_), [.., penultimate, _, _]) => penultimate.get(0),
+            (Layer::Penultimate, ..) => candle_core::bail!("an encoder without layers has none but the last"),
         }
     }
 
@@ -159,6 +262,9 @@ impl States<'_> {
     /// # Errors
     /// If shapes do not fit.
     pub fn pooled(&self) -> candle_core::Result<Vec<f32>> {
-        self.encoder.clip.pooled(&self.ids, &self.normed()?)?.flatten_all()?.to_vec1()
+        match &self.encoder.network {
+            Network::Clip(clip) => clip.pooled(&self.ids, &self.normed()?)?.flatten_all()?.to_vec1(),
+            Network::T5(_) | Network::Decoder(_) => candle_core::bail!("only CLIP has a vector for the whole text"),
+        }
     }
 }

@@ -38,6 +38,9 @@ struct Config {
     encoders: Vec<encoder::Config>,
     /// The text stream: groups of tokens, one after the other; each is the states of several encoders, joined channel by channel.
     text: Vec<Vec<Read>>,
+    /// A last group of so many tokens of so many channels, all zeros, for an encoder that was left out.
+    #[serde(default)]
+    zeros: Option<(usize, usize)>,
     /// Encoders whose pooled vectors are joined; none for no pooled vector.
     pooled: Vec<usize>,
     /// What the space calls the states.
@@ -62,6 +65,8 @@ enum EmptyNegative {
     Text,
     /// Zeros.
     Zeros,
+    /// Nothing: the hand wants no branch without the prompt, and there are no negative prompts.
+    Nothing,
 }
 
 struct TextEncoders {
@@ -101,8 +106,13 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     let load = |part: &encoder::Config| Encoder::load(pipeline.folder(), part, device);
     let encoders = config.encoders.iter().map(load).collect::<Result<Vec<_>, _>>()?;
     let width = |group: &Vec<Read>| group.iter().map(|read| encoders[read.encoder].width()).sum::<usize>();
-    let width = config.text.iter().map(width).max().unwrap_or(0);
+    let absent = config.zeros.map(|(_, width)| width);
+    let width = config.text.iter().map(width).chain(absent).max().unwrap_or(0);
     let space = pipeline.space(width as u32, config.layers.clone(), "none");
+    if let Some(other) = pipeline.declared_space().filter(|declared| *declared != space) {
+        let (ours, wanted) = (signal::space_name(&space), signal::space_name(&other));
+        return Err(impossible(&format!("the encoders give {ours}, the hand wants {wanted}")));
+    }
     let tokens = config.encoders.iter().map(|part| part.max_tokens).max().unwrap_or(0);
     let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_TEXTS * tokens, simulated: false };
     let template = blake3::hash(pipeline.brain().config.to_string().as_bytes());
@@ -130,7 +140,10 @@ impl TextEncoders {
             let parts = group.iter().map(|part| read[part.encoder].layer(part.layer)).collect::<Result<Vec<_>, _>>()?;
             Tensor::cat(&parts, 1)
         };
-        let groups = self.config.text.iter().map(group).collect::<candle_core::Result<Vec<_>>>()?;
+        let mut groups = self.config.text.iter().map(group).collect::<candle_core::Result<Vec<_>>>()?;
+        if let (Some(shape), Some(first)) = (self.config.zeros, groups.first()) {
+            groups.push(Tensor::zeros(shape, first.dtype(), first.device())?);
+        }
         let mut pooled = Vec::new();
         for encoder in &self.config.pooled {
             pooled.extend(read[*encoder].pooled()?);
@@ -154,9 +167,10 @@ impl TextEncoders {
                 pooled.push(vector(signal::UNCONDITIONAL, &negative.pooled));
             }
         }
-        let policy = match negative {
-            Some(_) => UnconditionalPolicy::Branch,
-            None => UnconditionalPolicy::Zeros,
+        let policy = match (negative, self.config.empty_negative) {
+            (Some(_), _) => UnconditionalPolicy::Branch,
+            (None, EmptyNegative::Nothing) => UnconditionalPolicy::Unspecified,
+            (None, _) => UnconditionalPolicy::Zeros,
         };
         Ok(ControlSignal {
             header: Some(self.header.clone()),
@@ -168,15 +182,18 @@ impl TextEncoders {
         })
     }
 
-    /// The text of the negative branch; none if zeros stand for it.
+    /// The text of the negative branch; none if zeros stand for it, or nothing.
     fn negative<'a>(&self, request: &'a EmbedRequest) -> Option<&'a str> {
-        let zeros = request.negative_prompt.is_empty() && self.config.empty_negative == EmptyNegative::Zeros;
-        (!zeros).then_some(&*request.negative_prompt)
+        match self.config.empty_negative {
+            EmptyNegative::Nothing => None,
+            EmptyNegative::Zeros if request.negative_prompt.is_empty() => None,
+            EmptyNegative::Zeros | EmptyNegative::Text => Some(&request.negative_prompt),
+        }
     }
 
     fn check(&self, request: &EmbedRequest) -> Result<(), EngineError> {
         self.ids("prompt", &request.prompt)?;
-        self.ids("negative_prompt", &request.negative_prompt).map(drop)
+        self.negative(request).map_or(Ok(()), |negative| self.ids("negative_prompt", negative).map(drop))
     }
 }
 

@@ -1,0 +1,145 @@
+//! A decoder's configuration as transformers saves it (`config.json`): Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2.
+
+use serde_json::{Map, Value};
+
+use super::{super::ops::Activation, Config, RotaryPairs};
+
+/// Fields whose other values are mathematics that are not here; `null` is one of the allowed.
+const NEUTRAL: [(&str, &[&str]); 7] = [
+    ("mlp_bias", &["false"]),
+    ("use_sliding_window", &["false"]),
+    ("rope_scaling", &[]),
+    ("partial_rotary_factor", &["1.0", "1"]),
+    ("use_bidirectional_attention", &["false"]),
+    ("is_encoder_decoder", &["false"]),
+    ("add_cross_attention", &["false"]),
+];
+
+impl Config {
+    /// Reads what transformers saved.
+    ///
+    /// # Errors
+    /// Names the field that is missing, malformed, or asks for what is not computed here.
+    pub fn published(fields: &Map<String, Value>) -> Result<Self, String> {
+        for (field, allowed) in NEUTRAL {
+            if let Some(value) = fields.get(field)
+                && !value.is_null()
+                && !allowed.contains(&&*value.to_string())
+            {
+                return Err(format!("{field} = {value} is not known"));
+            }
+        }
+        let kind = fields.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        let (gemma, gemma2) = (matches!(kind, "gemma" | "gemma2"), kind == "gemma2");
+        if !gemma && !matches!(kind, "llama" | "mistral" | "qwen2" | "qwen3") {
+            return Err(format!("model_type {kind:?}; known are gemma, gemma2, llama, mistral, qwen2, qwen3"));
+        }
+        let optional = |field: &str| match fields.get(field) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => {
+                let number = value.as_u64().and_then(|value| usize::try_from(value).ok());
+                number.map(Some).ok_or_else(|| format!("{field} = {value} is no size"))
+            }
+        };
+        let size = |field: &str| optional(field)?.ok_or_else(|| format!("{field} is missing"));
+        let number = |field: &str, usual: f64| match fields.get(field) {
+            None | Some(Value::Null) => Ok(usual),
+            Some(value) => value.as_f64().ok_or_else(|| format!("{field} = {value} is no number")),
+        };
+        let flag = |field: &str| fields.get(field).and_then(Value::as_bool).unwrap_or(false);
+        if flag("attention_bias") && kind != "qwen2" {
+            return Err("attention_bias = true is not known".to_owned());
+        }
+        let activation = ["hidden_activation", "hidden_act"].into_iter().find_map(|field| fields.get(field)?.as_str());
+        let activation = match activation {
+            Some("silu") => Activation::Silu,
+            // Gemma was published with "gelu" where it computes the tanh form.
+            Some("gelu_pytorch_tanh") => Activation::GeluTanh,
+            None | Some("gelu") if gemma => Activation::GeluTanh,
+            other => return Err(format!("hidden_act = {other:?} is not known")),
+        };
+        let (width, heads) = (size("hidden_size")?, size("num_attention_heads")?);
+        Ok(Self {
+            vocabulary: size("vocab_size")?,
+            width,
+            layers: size("num_hidden_layers")?,
+            heads,
+            key_heads: optional("num_key_value_heads")?.unwrap_or(heads),
+            head_width: optional("head_dim")?.unwrap_or(width / heads.max(1)),
+            mlp_width: size("intermediate_size")?,
+            rotary_base: rotary_base(fields)?,
+            rotary_pairs: RotaryPairs::Halves,
+            norm_eps: number("rms_norm_eps", 1e-6)?,
+            norm_offset: gemma,
+            activation,
+            projection_bias: kind == "qwen2",
+            head_norm: kind == "qwen3",
+            output_norm: gemma2,
+            scaled_embedding: gemma,
+            logit_width: if gemma2 { optional("query_pre_attn_scalar")? } else { None },
+            soft_cap: if gemma2 { Some(number("attn_logit_softcapping", 50.0)?) } else { None },
+            sliding_window: if gemma2 { optional("sliding_window")? } else { None },
+        })
+    }
+}
+
+/// `rope_theta`, or in newer files `rope_parameters`, which may name a kind of scaling.
+fn rotary_base(fields: &Map<String, Value>) -> Result<f64, String> {
+    let theta = |fields: &Map<String, Value>| match fields.get("rope_theta") {
+        None | Some(Value::Null) => Ok(10_000.0),
+        Some(value) => value.as_f64().ok_or_else(|| format!("rope_theta = {value} is no number")),
+    };
+    match fields.get("rope_parameters") {
+        None | Some(Value::Null) => theta(fields),
+        Some(Value::Object(parameters)) => match parameters.get("rope_type").and_then(Value::as_str) {
+            None | Some("default") => theta(parameters),
+            Some(other) => Err(format!("rope_type {other:?} is not known")),
+        },
+        Some(other) => Err(format!("rope_parameters = {other} is not known")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(changes: &Value) -> Result<Config, String> {
+        let mut fields = json!({
+            "model_type": "qwen3", "vocab_size": 10, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "head_dim": 6, "intermediate_size": 12, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+            "rope_parameters": { "rope_type": "default", "rope_theta": 1e6 }, "use_sliding_window": false, "rope_scaling": null,
+        });
+        let fields = fields.as_object_mut().unwrap();
+        fields.extend(changes.as_object().unwrap().clone());
+        Config::published(fields)
+    }
+
+    #[test]
+    fn families_by_their_type() {
+        let qwen = read(&json!({})).unwrap();
+        assert!(qwen.head_norm && !qwen.projection_bias && qwen.head_width == 6 && qwen.rotary_base == 1e6);
+        let old = read(&json!({ "model_type": "qwen2", "rope_parameters": null, "rope_theta": 5.0, "head_dim": null })).unwrap();
+        assert!(old.projection_bias && old.head_width == 4 && old.rotary_base == 5.0);
+        let gemma = json!({ "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 4, "sliding_window": 3 });
+        let gemma = read(&gemma).unwrap();
+        assert_eq!((gemma.logit_width, gemma.soft_cap, gemma.sliding_window), (Some(4), Some(50.0), Some(3)));
+    }
+
+    #[test]
+    fn what_is_not_computed_here_is_named() {
+        for (changes, wanted) in [
+            (json!({ "model_type": "falcon" }), "model_type \"falcon\""),
+            (json!({ "rope_scaling": { "factor": 2 } }), "rope_scaling"),
+            (json!({ "rope_parameters": { "rope_type": "yarn" } }), "rope_type \"yarn\""),
+            (json!({ "attention_bias": true }), "attention_bias"),
+            (json!({ "hidden_act": "relu" }), "hidden_act"),
+            (json!({ "hidden_size": "8" }), "hidden_size = \"8\" is no size"),
+            (json!({ "vocab_size": null }), "vocab_size is missing"),
+        ] {
+            let error = read(&changes).unwrap_err();
+            assert!(error.contains(wanted), "{error}");
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Safetensors files: what their headers tell, and their values, tensor by tensor, so that no more than one is in memory twice.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::{Read as _, Seek as _, SeekFrom},
+    path::{Path, PathBuf},
+};
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use safetensors::{Dtype, tensor::Metadata};
+
+use super::{Error, check_size};
+
+/// Most bytes of a header, as in the safetensors library.
+const MAX_HEADER: u64 = 100_000_000;
+/// Bytes of a value in memory: everything is computed with in f32.
+const VALUE: u64 = 4;
+
+/// What files of weights hold.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Measure {
+    /// Tensors.
+    pub tensors: usize,
+    /// Values of all.
+    pub parameters: u64,
+    /// Bytes of the values in the files.
+    pub bytes: u64,
+    /// Types of the values.
+    pub types: BTreeSet<String>,
+}
+
+impl Measure {
+    /// Bytes of the values in memory.
+    pub fn memory(&self) -> u64 {
+        self.parameters.saturating_mul(VALUE)
+    }
+}
+
+/// Reads the headers of safetensors files.
+///
+/// # Errors
+/// If a file cannot be read, or is malformed.
+pub fn measure(paths: &[PathBuf]) -> Result<Measure, Error> {
+    let mut found = Measure::default();
+    for path in paths {
+        let header = Header::read(path)?;
+        for (_, tensor) in header.tensors() {
+            found.tensors += 1;
+            found.parameters += tensor.shape.iter().product::<usize>() as u64;
+            found.bytes += (tensor.data_offsets.1 - tensor.data_offsets.0) as u64;
+            found.types.insert(format!("{:?}", tensor.dtype).to_lowercase());
+        }
+    }
+    Ok(found)
+}
+
+/// The beginning of a file, checked against its length.
+struct Header {
+    /// Where the values begin.
+    start: u64,
+    metadata: Metadata,
+}
+
+impl Header {
+    fn read(path: &Path) -> Result<Self, Error> {
+        let read = |source| Error::Read { path: path.to_owned(), source };
+        let malformed = |what: &dyn std::fmt::Display| Error::Malformed {
+            path: path.to_owned(),
+            what: format!("not a safetensors file, or a truncated one: {what}"),
+        };
+        check_size(path)?;
+        let mut file = File::open(path).map_err(read)?;
+        let length = file.metadata().map_err(read)?.len();
+        let mut size = [0; 8];
+        file.read_exact(&mut size).map_err(|error| malformed(&error))?;
+        let size = u64::from_le_bytes(size);
+        if size > MAX_HEADER || size > length {
+            return Err(malformed(&format_args!("a header of {size} bytes")));
+        }
+        let mut header = vec![0; size as usize];
+        file.read_exact(&mut header).map_err(|error| malformed(&error))?;
+        let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| malformed(&error))?;
+        let start = 8 + size;
+        let values = metadata.tensors().values().map(|tensor| tensor.data_offsets.1 as u64).max().unwrap_or(0);
+        match start + values == length {
+            true => Ok(Self { start, metadata }),
+            false => Err(malformed(&format_args!("{length} bytes, the header tells of {}", start + values))),
+        }
+    }
+
+    /// Positions that old versions of transformers saved beside the weights, integers that count from 0, are left out.
+    fn tensors(&self) -> impl Iterator<Item = (String, safetensors::tensor::TensorInfo)> {
+        let tensors = self.metadata.tensors().into_iter().filter(|(name, _)| !name.ends_with("position_ids"));
+        tensors.map(|(name, info)| (name, info.clone())).collect::<Vec<_>>().into_iter()
+    }
+}
+
+/// Every tensor of a file as f32.
+pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>, Error> {
+    let header = Header::read(path)?;
+    let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
+    let tensors: Vec<_> = header.tensors().collect();
+    let one = |(name, info): (String, safetensors::tensor::TensorInfo)| {
+        let (begin, end) = info.data_offsets;
+        let bytes = part(path, header.start + begin as u64, end - begin)
+            .map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        let values = floats(info.dtype, &bytes).ok_or_else(|| {
+            malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", info.dtype))
+        })?;
+        let tensor = Tensor::from_vec(values, &*info.shape, device);
+        let tensor = tensor.map_err(|error| malformed(format!("tensor {name}: {error}")))?;
+        Ok((name, tensor))
+    };
+    tensors.into_par_iter().map(one).collect()
+}
+
+fn part(path: &Path, from: u64, length: usize) -> std::io::Result<Vec<u8>> {
+    let mut file = File::open(path)?;
+    file.seek(SeekFrom::Start(from))?;
+    let mut bytes = vec![0; length];
+    file.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Little-endian values of a float type as f32; `None` for other types.
+fn floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
+    Some(match dtype {
+        Dtype::F32 => data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => data.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => data.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        _ => return None,
+    })
+}

@@ -1,0 +1,117 @@
+//! Stable Diffusion 3 and 3.5, from a folder of diffusers: a transformer on patches of the latents of an autoencoder, conditioned on the states of two CLIPs
+//! and T5, with guidance against a negative prompt.
+//!
+//! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion_3`.
+
+use candle_core::{Device, Result, Tensor};
+use efferent_proto::{internal::ControlSignal, v1::Size};
+use efferent_worker::{
+    engine::{EngineError, Hand},
+    nn::rows::by_row,
+    pipeline::Pipeline,
+};
+
+use crate::{
+    latent::{self, Network, Question, Shape, guide, guided},
+    networks::{autoencoder::Autoencoder, sd3::Sd3},
+    samplers::{self, Flow},
+};
+
+#[derive(Debug)]
+struct StableDiffusion3 {
+    transformer: Sd3,
+    vae: Autoencoder,
+}
+
+/// What a sample is conditioned on, with the branch without the prompt last, if there is guidance.
+#[derive(Debug)]
+struct Condition {
+    /// (1 or 2, tokens, width)
+    states: Tensor,
+    /// (1 or 2, width)
+    pooled: Tensor,
+    guidance: Option<f32>,
+}
+
+/// Loads the hand of a pipeline.
+///
+/// # Errors
+/// If a file cannot be read, is malformed, or says what is not computed here.
+pub fn load(pipeline: &Pipeline, device: &Device) -> std::result::Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, device, |parts| {
+        let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
+        let transformer = parts.load("transformer", |weights| Sd3::new(transformer, weights))?;
+        let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
+        let config = transformer.config();
+        latent::check_channels("transformer", config.in_channels, config.out_channels, &vae)?;
+        Ok(StableDiffusion3 { transformer, vae })
+    })
+}
+
+impl Network for StableDiffusion3 {
+    type Condition = Condition;
+
+    fn width(&self) -> usize {
+        self.transformer.config().joint_attention_dim
+    }
+
+    fn multiple(&self) -> usize {
+        self.vae.factor() * self.transformer.config().patch_size
+    }
+
+    fn autoencoder(&self) -> &Autoencoder {
+        &self.vae
+    }
+
+    fn flow(
+        &self,
+        scheduler: &samplers::Config,
+        [_, height, width]: Shape,
+    ) -> std::result::Result<Flow, samplers::Error> {
+        let side = self.transformer.config().patch_size;
+        let tokens = (height / side) * (width / side);
+        Ok(Flow { even: false, mu: Some(latent::shift_of_size(scheduler, tokens)?) })
+    }
+
+    fn condition(
+        &self,
+        signal: &ControlSignal,
+        _: Size,
+        guidance_scale: f32,
+        device: &Device,
+    ) -> std::result::Result<Condition, EngineError> {
+        let (config, guidance) = (self.transformer.config(), guided(guidance_scale));
+        let states = latent::text(signal, guidance.is_some(), config.joint_attention_dim, device)?;
+        let pooled = latent::pooled(signal, guidance.is_some(), config.pooled_projection_dim, device)?;
+        Ok(Condition { states, pooled, guidance })
+    }
+
+    fn kind(condition: &Condition) -> String {
+        let dims = condition.states.dims();
+        format!("{}/{}", dims[0], dims[1])
+    }
+
+    fn predict(
+        &self,
+        questions: &[Question<'_, Condition>],
+        [channels, height, width]: Shape,
+        device: &Device,
+    ) -> std::result::Result<Vec<Vec<f32>>, EngineError> {
+        let branches = questions.iter().map(|q| q.condition.states.dim(0)).collect::<Result<Vec<_>>>()?;
+        let per = branches.first().copied().unwrap_or(1);
+        let rows = |q: &Question<'_, Condition>| {
+            let x = Tensor::from_slice(q.latent, (1, channels, height, width), device)?;
+            Tensor::cat(&vec![x; per], 0)
+        };
+        let x = Tensor::cat(&questions.iter().map(rows).collect::<Result<Vec<_>>>()?, 0)?;
+        let times: Vec<f32> = questions.iter().flat_map(|q| std::iter::repeat_n(q.time, per)).collect();
+        let times = Tensor::from_vec(times, per * questions.len(), device)?;
+        let states = Tensor::cat(&questions.iter().map(|q| &q.condition.states).collect::<Vec<_>>(), 0)?;
+        let pooled = Tensor::cat(&questions.iter().map(|q| &q.condition.pooled).collect::<Vec<_>>(), 0)?;
+        let answer = by_row(&[&x, &times, &states, &pooled], |row| {
+            self.transformer.forward(&row[0], &row[1], &row[2], &row[3], None)
+        })?;
+        let answers = answer.flatten_from(1)?.to_vec2::<f32>()?;
+        Ok(questions.iter().zip(answers.chunks(per)).map(|(q, rows)| guide(q.condition.guidance, rows)).collect())
+    }
+}

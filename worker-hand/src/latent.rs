@@ -1,0 +1,456 @@
+//! The engine of families that denoise the latent of an autoencoder, as the pipelines of diffusers do. A family adds its [`Network`].
+//!
+//! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/`.
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use candle_core::{Device, Tensor};
+use efferent_proto::{
+    ApiError,
+    internal::{Branch, ControlSignal, ControlSpace, ControlStream, StreamRole, UnconditionalPolicy},
+    v1::{ErrorCode, Size},
+    work::offers_size,
+};
+use efferent_worker::{
+    engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
+    nn::rows::on_pool,
+    pipeline::{Pipeline, diffusers, read_json},
+    signal::{self, CONDITIONAL, UNCONDITIONAL, space_name},
+    weights::Weights,
+};
+use image::RgbImage;
+use serde::{Deserialize, de::DeserializeOwned};
+
+use crate::{
+    networks::autoencoder::Autoencoder,
+    samplers::{self, Flow, Plan, Sampler, Trajectory},
+};
+
+/// Samples that share a pass. On CPU a pass takes time in proportion, so more would only keep the first one waiting.
+const MAX_BATCH: usize = 8;
+/// Cells of a latent along the longest side of a preview.
+const PREVIEW_CELLS: usize = 16;
+
+/// Channels, height and width of a latent.
+pub type Shape = [usize; 3];
+
+/// What a family adds to the engine.
+pub trait Network: Send + std::fmt::Debug + 'static {
+    /// What a sample is conditioned on: the signal's tensors, checked, and the strength of guidance.
+    type Condition: Send + std::fmt::Debug + 'static;
+
+    /// Channels of a token of the control signal.
+    fn width(&self) -> usize;
+
+    /// Pixels that a side of a picture must be a multiple of.
+    fn multiple(&self) -> usize;
+
+    /// The autoencoder of its latents.
+    fn autoencoder(&self) -> &Autoencoder;
+
+    /// What it adds to its scheduler's configuration for latents of a shape.
+    ///
+    /// # Errors
+    /// If the configuration is malformed.
+    fn flow(&self, scheduler: &samplers::Config, shape: Shape) -> Result<Flow, samplers::Error> {
+        let _ = (scheduler, shape);
+        Ok(Flow::default())
+    }
+
+    /// What a control signal says for a picture of a size.
+    ///
+    /// # Errors
+    /// If the signal lacks something or has another shape.
+    fn condition(
+        &self,
+        signal: &ControlSignal,
+        size: Size,
+        guidance_scale: f32,
+        device: &Device,
+    ) -> Result<Self::Condition, EngineError>;
+
+    /// Tells apart what cannot share a pass.
+    fn kind(condition: &Self::Condition) -> String;
+
+    /// What it answers, guided. All latents are of one shape, and all conditions of one kind.
+    ///
+    /// # Errors
+    /// If a pass fails.
+    fn predict(
+        &self,
+        questions: &[Question<'_, Self::Condition>],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<Vec<Vec<f32>>, EngineError>;
+}
+
+/// An evaluation of one sample.
+#[derive(Debug)]
+pub struct Question<'a, Condition> {
+    /// By channel, row and column.
+    pub latent: &'a [f32],
+    /// What the sampler tells the network.
+    pub time: f32,
+    /// What the picture is to show.
+    pub condition: &'a Condition,
+}
+
+/// `hand.config` of a pipeline.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Config {
+    /// What the space calls the states that the network was trained with.
+    layers: String,
+    /// Channels of a token of the control signal.
+    width: usize,
+}
+
+struct Engine<N> {
+    spec: EngineSpec,
+    space: ControlSpace,
+    scheduler: samplers::Config,
+    network: N,
+    device: Device,
+}
+
+struct State<C> {
+    trajectory: Trajectory,
+    condition: C,
+    size: Size,
+}
+
+/// The folder of a pipeline of diffusers, whose parts a family loads.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    folder: &'a Path,
+    device: &'a Device,
+}
+
+fn unloadable(part: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> EngineError {
+    EngineError::compute(format!("cannot load {part}"), source)
+}
+
+impl Parts<'_> {
+    /// The configuration of a part.
+    ///
+    /// # Errors
+    /// If it cannot be read, or is malformed.
+    pub fn config<T: DeserializeOwned>(&self, part: &str) -> Result<T, EngineError> {
+        read_json(&self.folder.join(part).join("config.json")).map_err(|e| unloadable(part, e))
+    }
+
+    /// A part, made from its weights, all of which it must take.
+    ///
+    /// # Errors
+    /// If a file cannot be read, is malformed, or is not of the part.
+    pub fn load<T>(
+        &self,
+        part: &str,
+        make: impl FnOnce(&mut Weights) -> candle_core::Result<T>,
+    ) -> Result<T, EngineError> {
+        let (files, variant) = diffusers::weights(&self.folder.join(part)).map_err(|e| unloadable(part, e))?;
+        tracing::info!(part, variant, files = files.len(), "loading");
+        let mut weights = Weights::open_shards(&files, self.device).map_err(|e| unloadable(part, e))?;
+        let made = make(&mut weights).map_err(|e| unloadable(part, e))?;
+        weights.finish().map_err(|e| unloadable(part, e))?;
+        Ok(made)
+    }
+}
+
+/// The hand of a pipeline, with the network that `make` loads.
+///
+/// # Errors
+/// If a file cannot be read, is malformed, or says what is not computed here.
+pub fn load<N: Network>(
+    pipeline: &Pipeline,
+    device: &Device,
+    make: impl FnOnce(&Parts<'_>) -> Result<N, EngineError>,
+) -> Result<Box<dyn Hand>, EngineError> {
+    let config: Config =
+        pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable("the pipeline", e))?;
+    let folder = pipeline.folder();
+    let scheduler = read_json(&folder.join("scheduler").join("scheduler_config.json"))
+        .map_err(|e| unloadable("the scheduler", e))?;
+    let network = make(&Parts { folder, device })?;
+    let space = pipeline.space(network.width() as u32, config.layers, "none");
+    if network.width() != config.width {
+        let message = format!("the network reads {}, not states of {} channels", space_name(&space), config.width);
+        return Err(ApiError::new(ErrorCode::InvalidField, message).field("hand.config.width").into());
+    }
+    let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_BATCH, simulated: false };
+    Ok(Box::new(Engine { spec, space, scheduler, network, device: device.clone() }))
+}
+
+/// Why a control signal is refused.
+pub fn malformed(what: impl Into<String>) -> EngineError {
+    ApiError::new(ErrorCode::InvalidField, format!("malformed control signal: {}", what.into())).field("signal").into()
+}
+
+/// The text of a signal (1 or 2, tokens, width): with guidance, the branch without the prompt comes last.
+///
+/// # Errors
+/// If a branch is missing, or of another width or length.
+pub fn text(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
+    let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
+    let find = |branch: Branch| -> Result<Tensor, EngineError> {
+        let stream: Option<&ControlStream> = signal::find(signal, StreamRole::Text, branch);
+        let stream =
+            stream.ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
+        Ok(signal::tensor(stream, device)?)
+    };
+    let positive = find(Branch::Conditional)?;
+    if positive.dim(1)? != width {
+        return Err(malformed(format!("states of {} channels, the network reads {width}", positive.dim(1)?)));
+    }
+    let mut branches = vec![positive.clone()];
+    if guided {
+        branches.push(if zeros { positive.zeros_like()? } else { find(Branch::Unconditional)? });
+    }
+    if branches.iter().any(|branch| branch.dims() != positive.dims()) {
+        return Err(malformed("the two text streams differ in length"));
+    }
+    Ok(Tensor::stack(&branches, 0)?)
+}
+
+/// The pooled text of a signal (1 or 2, width), as [`text`].
+///
+/// # Errors
+/// If a branch is missing, of another width, or not finite.
+pub fn pooled(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
+    let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
+    let find = |label: &str| {
+        let found = signal.pooled.iter().find(|vector| vector.label == label);
+        found.map(|vector| vector.values.clone()).ok_or_else(|| malformed(format!("there is no {label} pooled vector")))
+    };
+    let mut vectors = vec![find(CONDITIONAL)?];
+    if guided {
+        vectors.push(if zeros { vec![0.0; vectors[0].len()] } else { find(UNCONDITIONAL)? });
+    }
+    if vectors.iter().any(|vector| vector.len() != width || vector.iter().any(|value| !value.is_finite())) {
+        return Err(malformed(format!("a pooled vector is not of {width} finite values")));
+    }
+    let count = vectors.len();
+    Ok(Tensor::from_vec(vectors.concat(), (count, width), device)?)
+}
+
+/// The exponent of a shift that grows with a picture's tokens, from `base_shift` at `base_image_seq_len` tokens to `max_shift` at `max_image_seq_len`.
+///
+/// # Errors
+/// If the configuration is malformed.
+pub fn shift_of_size(scheduler: &samplers::Config, tokens: usize) -> Result<f64, samplers::Error> {
+    let number = |name, usual| scheduler.number(name, usual);
+    let (first, last) = (number("base_image_seq_len", 256.0)?, number("max_image_seq_len", 4096.0)?);
+    let (low, high) = (number("base_shift", 0.5)?, number("max_shift", 1.15)?);
+    let slope = (high - low) / (last - first);
+    Ok(tokens as f64 * slope + (low - slope * first))
+}
+
+/// The strength of classifier-free guidance, if there is to be any. As in diffusers: at 1 and below there is one evaluation, without guidance.
+pub fn guided(guidance_scale: f32) -> Option<f32> {
+    (guidance_scale > 1.0).then_some(guidance_scale)
+}
+
+/// `u + scale (c - u)` of what a network answered with and without the prompt; the one answer, if there is no guidance.
+pub fn guide(scale: Option<f32>, answers: &[Vec<f32>]) -> Vec<f32> {
+    match (scale, answers) {
+        (Some(scale), [conditional, unconditional]) => {
+            conditional.iter().zip(unconditional).map(|(c, u)| u + scale * (c - u)).collect()
+        }
+        (_, [answer, ..]) => answer.clone(),
+        (_, []) => Vec::new(),
+    }
+}
+
+/// Refuses a network that does not take and give as many channels as the latents have.
+///
+/// # Errors
+/// If so.
+pub fn check_channels(part: &str, inputs: usize, outputs: usize, vae: &Autoencoder) -> Result<(), EngineError> {
+    let latent = vae.config().latent_channels;
+    if inputs == latent && outputs == latent {
+        return Ok(());
+    }
+    let message = format!("{part} goes from {inputs} to {outputs} channels, the autoencoder's latents have {latent}");
+    Err(ApiError::new(ErrorCode::InvalidField, message).field(part).into())
+}
+
+impl<N: Network> Engine<N> {
+    fn shape(&self, size: Size) -> Result<Shape, EngineError> {
+        let (vae, multiple) = (self.network.autoencoder(), self.network.multiple());
+        let (width, height) = (size.width as usize, size.height as usize);
+        let sides = [width, height];
+        if sides.iter().any(|side| *side == 0 || !side.is_multiple_of(multiple) || *side > 16_384) {
+            let message = format!("{width}x{height}: both sides of a picture must be multiples of {multiple}");
+            return Err(ApiError::new(ErrorCode::NotOffered, message).field("size").limit(multiple.to_string()).into());
+        }
+        Ok([vae.config().latent_channels, height / vae.factor(), width / vae.factor()])
+    }
+
+    fn begin_from(&mut self, request: &RenderRequest, from: Option<&[u8]>) -> Result<Sample, EngineError> {
+        signal::check_space(&request.signal, &self.space)?;
+        let shape = self.shape(request.size)?;
+        let refused = |code, field: &str, message: String| EngineError::from(ApiError::new(code, message).field(field));
+        if !offers_size(&self.spec.model, request.size) {
+            let Size { width, height } = request.size;
+            return Err(refused(ErrorCode::NotOffered, "size", format!("this hand does not draw {width}x{height}")));
+        }
+        let sampler: Sampler =
+            request.sampler.parse().map_err(|what| refused(ErrorCode::NotOffered, "sampler", what))?;
+        let limit = self.spec.model.max_steps;
+        if request.steps == 0 || request.steps > limit {
+            let message = format!("{} steps; this hand takes 1 to {limit}", request.steps);
+            return Err(refused(ErrorCode::LimitExceeded, "steps", message));
+        }
+        if !request.guidance_scale.is_finite() {
+            let message = "the guidance scale is not finite".to_owned();
+            return Err(refused(ErrorCode::InvalidField, "guidance_scale", message));
+        }
+        let condition =
+            self.network.condition(&request.signal, request.size, request.guidance_scale, &self.device)?;
+        let plan = self
+            .network
+            .flow(&self.scheduler, shape)
+            .and_then(|flow| Plan::new(&self.scheduler, sampler, request.steps as usize, flow))
+            .map_err(|error| refused(ErrorCode::NotOffered, "steps", error.to_string()))?;
+        let (plan, count) = (Arc::new(plan), shape.iter().product());
+        let (trajectory, step) = match from {
+            None => (Trajectory::new(plan, request.seed, count), 0),
+            Some(from) => Trajectory::resume(plan, request.seed, count, from)
+                .ok_or_else(|| EngineError::Crashed("a checkpoint that does not fit".to_owned()))?,
+        };
+        let [_, height, width] = shape;
+        Ok(Sample {
+            key: BatchKey(format!("{sampler}/{width}x{height}/{}", N::kind(&condition))),
+            step,
+            steps: request.steps,
+            state: Box::new(State { trajectory, condition, size: request.size }),
+        })
+    }
+
+    /// Asks the network once for each, and goes on by its answers. Which are in the middle of a step now.
+    fn evaluate(&self, states: &mut [&mut State<N::Condition>]) -> Result<Vec<bool>, EngineError> {
+        let shape = match states.first() {
+            Some(state) => self.shape(state.size)?,
+            None => return Ok(Vec::new()),
+        };
+        let outputs = {
+            let asked: Vec<_> = states.iter().map(|state| (state.trajectory.question(), &state.condition)).collect();
+            let questions: Vec<_> = asked
+                .iter()
+                .map(|((latent, time), condition)| Question { latent, time: *time, condition: *condition })
+                .collect();
+            self.network.predict(&questions, shape, &self.device)?
+        };
+        Ok(states.iter_mut().zip(outputs).map(|(state, output)| !state.trajectory.answer(&output)).collect())
+    }
+
+    fn advance(&self, states: &mut [&mut State<N::Condition>]) -> Result<(), EngineError> {
+        let unfinished = self.evaluate(states)?;
+        let mut rest: Vec<&mut State<N::Condition>> = states
+            .iter_mut()
+            .zip(unfinished)
+            .filter(|(_, unfinished)| *unfinished)
+            .map(|(state, _)| &mut **state)
+            .collect();
+        self.evaluate(&mut rest).map(drop)
+    }
+
+    fn decode(&self, latent: &[f32], shape: Shape) -> Result<RgbImage, EngineError> {
+        if latent.iter().any(|value| !value.is_finite()) {
+            return Err(EngineError::Crashed("the latent is not finite".to_owned()));
+        }
+        let [channels, height, width] = shape;
+        let latent = Tensor::from_slice(latent, (1, channels, height, width), &self.device)?;
+        let vae = self.network.autoencoder();
+        let picture = on_pool(|| vae.decode(&vae.unscale(&latent.permute((0, 2, 3, 1))?.contiguous()?)?))?;
+        let (_, height, width, _) = picture.dims4()?;
+        let values: Vec<f32> = picture.flatten_all()?.to_vec1()?;
+        let bytes = values.iter().map(|v| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8).collect();
+        RgbImage::from_raw(width as u32, height as u32, bytes)
+            .ok_or_else(|| EngineError::Crashed("a picture of another size".to_owned()))
+    }
+
+    fn state(sample: &Sample) -> Result<&State<N::Condition>, EngineError> {
+        sample.state.downcast_ref().ok_or_else(foreign)
+    }
+}
+
+fn foreign() -> EngineError {
+    EngineError::Crashed("a sample of another engine".to_owned())
+}
+
+/// A latent of fewer cells, each the mean of several: its picture is smaller and costs less.
+fn shrunk(latent: &[f32], [channels, height, width]: [usize; 3]) -> (Vec<f32>, [usize; 3]) {
+    let factor = width.max(height).div_ceil(PREVIEW_CELLS);
+    let (rows, columns) = ((height / factor).max(1), (width / factor).max(1));
+    let mean = |channel: usize, row: usize, column: usize| {
+        let cells = (row * factor..((row + 1) * factor).min(height))
+            .flat_map(|y| (column * factor..((column + 1) * factor).min(width)).map(move |x| (y, x)));
+        let (sum, count) = cells
+            .fold((0.0, 0.0), |(sum, count), (y, x)| (sum + latent[(channel * height + y) * width + x], count + 1.0));
+        sum / count
+    };
+    let small = (0..channels)
+        .flat_map(|c| (0..rows).flat_map(move |y| (0..columns).map(move |x| (c, y, x))))
+        .map(|(c, y, x)| mean(c, y, x))
+        .collect();
+    (small, [channels, rows, columns])
+}
+
+impl<N: Network> Hand for Engine<N> {
+    fn spec(&self) -> &EngineSpec {
+        &self.spec
+    }
+
+    fn begin(&mut self, request: &RenderRequest) -> Result<Sample, EngineError> {
+        self.begin_from(request, None)
+    }
+
+    fn step(&mut self, batch: &mut [&mut Sample]) -> Vec<Result<(), EngineError>> {
+        let mut outcomes: Vec<Result<(), EngineError>> = Vec::with_capacity(batch.len());
+        let mut states = Vec::with_capacity(batch.len());
+        for sample in batch.iter_mut() {
+            let complete = sample.is_complete();
+            match sample.state.downcast_mut::<State<N::Condition>>() {
+                Some(state) if !complete && !state.trajectory.is_complete() => {
+                    states.push(state);
+                    outcomes.push(Ok(()));
+                }
+                _ => outcomes.push(Err(foreign())),
+            }
+        }
+        if let Err(error) = self.advance(&mut states) {
+            let memory = matches!(error, EngineError::OutOfMemory(_));
+            let message = error.to_string();
+            let failed = || match memory {
+                true => Err(EngineError::OutOfMemory(message.clone())),
+                false => Err(EngineError::compute("a denoising step failed", message.clone())),
+            };
+            return outcomes.into_iter().map(|outcome| outcome.and_then(|()| failed())).collect();
+        }
+        for (sample, outcome) in batch.iter_mut().zip(&outcomes) {
+            sample.step += u32::from(outcome.is_ok());
+        }
+        outcomes
+    }
+
+    fn preview(&mut self, sample: &Sample) -> Result<RgbImage, EngineError> {
+        let State { trajectory, size, .. } = Self::state(sample)?;
+        let (latent, shape) = shrunk(trajectory.clean(), self.shape(*size)?);
+        self.decode(&latent, shape)
+    }
+
+    fn finish(&mut self, sample: Sample) -> Result<RgbImage, EngineError> {
+        let State { trajectory, size, .. } = Self::state(&sample)?;
+        self.decode(trajectory.latent(), self.shape(*size)?)
+    }
+
+    fn checkpoint(&self, sample: &Sample) -> Result<Bytes, EngineError> {
+        Ok(Self::state(sample)?.trajectory.checkpoint().into())
+    }
+
+    fn resume(&mut self, request: &RenderRequest, from: &[u8]) -> Result<Sample, EngineError> {
+        self.begin_from(request, Some(from))
+    }
+}
