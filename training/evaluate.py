@@ -115,7 +115,9 @@ def wrong(scene: Scene, rng: random.Random) -> Scene:
     if scene.relation and rng.random() < .5:
         other.relation = {"left": "right", "right": "left", "above": "below", "below": "above"}[scene.relation]
     elif part.color and rng.random() < .5:
-        part.color = rng.choice([c for c in COLOR_NAMES if c != part.color])
+        # Undyed is wrong too, unless the thing's own colours are, or may pass for, the one asked for.
+        undyed = [None] if checker.own_color(part.thing) not in (None, part.color) else []
+        part.color = rng.choice([c for c in COLOR_NAMES if c != part.color] + undyed)
     elif part.count > 1 and rng.random() < .5:
         full = sum(p.count for p in other.parts) == max(scenes.PLACES)
         part.count = part.count - 1 if full or rng.random() < .5 else part.count + 1

@@ -24,11 +24,11 @@ def parts(path):
     return found
 
 
-def keep_memory():
+def keep_memory(module):
     """Runs this program again with glibc told to keep freed memory: otherwise half of the time goes into page faults."""
     keep = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**28), "OMP_WAIT_POLICY": "PASSIVE"}
     if any(name not in os.environ for name in keep):
-        os.execve(sys.executable, [sys.executable, "-m", "training.run", *sys.argv[1:]], {**keep, **os.environ})
+        os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], {**keep, **os.environ})
 
 
 def main():
@@ -60,5 +60,5 @@ def main():
 
 
 if __name__ == "__main__":
-    keep_memory()
+    keep_memory("training.run")
     main()

@@ -167,8 +167,7 @@ pub fn load<N: Network>(
     device: &Device,
     make: impl FnOnce(&Parts<'_>) -> Result<N, EngineError>,
 ) -> Result<Box<dyn Hand>, EngineError> {
-    let config: Config =
-        pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable("the pipeline", e))?;
+    let config: Config = pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable("the pipeline", e))?;
     let folder = pipeline.folder();
     let scheduler = read_json(&folder.join("scheduler").join("scheduler_config.json"))
         .map_err(|e| unloadable("the scheduler", e))?;
@@ -195,8 +194,7 @@ pub fn text(signal: &ControlSignal, guided: bool, width: usize, device: &Device)
     let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
     let find = |branch: Branch| -> Result<Tensor, EngineError> {
         let stream: Option<&ControlStream> = signal::find(signal, StreamRole::Text, branch);
-        let stream =
-            stream.ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
+        let stream = stream.ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
         Ok(signal::tensor(stream, device)?)
     };
     let positive = find(Branch::Conditional)?;
@@ -306,8 +304,7 @@ impl<N: Network> Engine<N> {
             let message = "the guidance scale is not finite".to_owned();
             return Err(refused(ErrorCode::InvalidField, "guidance_scale", message));
         }
-        let condition =
-            self.network.condition(&request.signal, request.size, request.guidance_scale, &self.device)?;
+        let condition = self.network.condition(&request.signal, request.size, request.guidance_scale, &self.device)?;
         let plan = self
             .network
             .flow(&self.scheduler, shape)

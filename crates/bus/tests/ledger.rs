@@ -80,8 +80,7 @@ async fn what_another_process_knew_does_not_replace_what_is_newer() {
 async fn a_job_can_be_changed_while_it_is_being_made() {
     let ([coordinator, brain, hand], _, _folder) = processes().await;
     let now = SystemTime::now();
-    let record =
-        transition::accepted(names::new_job_id(), GenerateRequest::default(), Model::default(), now, now, 1);
+    let record = transition::accepted(names::new_job_id(), GenerateRequest::default(), Model::default(), now, now, 1);
     let id = job_id(&record);
     coordinator.expect_job(&record);
     brain.remember(coordinator.known(id).expect("it is about to make the job"));

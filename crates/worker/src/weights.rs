@@ -157,7 +157,8 @@ impl Weights {
 
     /// Renames every tensor that is not taken yet.
     pub fn rename(&mut self, name: impl Fn(&str) -> String) {
-        self.tensors = std::mem::take(&mut self.tensors).into_iter().map(|(old, tensor)| (name(&old), tensor)).collect();
+        self.tensors =
+            std::mem::take(&mut self.tensors).into_iter().map(|(old, tensor)| (name(&old), tensor)).collect();
     }
 
     /// Takes a tensor. If it is missing or of another shape, that is noted for [`Weights::finish`], and zeros stand in for it (they take

@@ -116,8 +116,7 @@ impl Block {
         let head = dim / n_heads;
         let head_norms = qk_norm.then(|| ["attention.norm_q", "attention.norm_k"].map(|of| norm(of, head)));
         let width = dim.min(TIME_WIDTH);
-        let modulation =
-            modulated.then(|| Linear::with_bias(weights, &part("adaLN_modulation.0"), width, 4 * dim));
+        let modulation = modulated.then(|| Linear::with_bias(weights, &part("adaLN_modulation.0"), width, 4 * dim));
         Self { modulation, q, k, v, head_norms, output, norms, gate, up, down }
     }
 

@@ -59,7 +59,8 @@ const MAX_SWAPS: u32 = 64;
 const NOT_MADE: u64 = 0;
 
 /// How long a change waits for a job that is being made, see [`Ledger::expect_job`], and the pauses between two looks.
-const BEING_MADE: (Duration, Duration, Duration) = (Duration::from_secs(5), Duration::from_millis(1), Duration::from_millis(250));
+const BEING_MADE: (Duration, Duration, Duration) =
+    (Duration::from_secs(5), Duration::from_millis(1), Duration::from_millis(250));
 
 /// Jobs whose last known record a process remembers.
 const REMEMBERED: u64 = 1024;
@@ -183,7 +184,9 @@ impl Ledger {
         let age = |known: &KnownJob| (known.revision, known.record.as_ref().map_or(0, |record| record.log.len()));
         self.known.entry_by_ref(job_id(record)).and_compute_with(|standing| match standing.map(Entry::into_value) {
             Some(standing) if age(&standing) >= age(&known) => Op::Nop,
-            Some(standing) if standing.revision == NOT_MADE => Op::Put(Arc::new(with_deferred(known.clone(), &standing))),
+            Some(standing) if standing.revision == NOT_MADE => {
+                Op::Put(Arc::new(with_deferred(known.clone(), &standing)))
+            }
             _ => Op::Put(Arc::new(known.clone())),
         });
     }
@@ -192,7 +195,9 @@ impl Ledger {
     /// [`Self::known`] is sent. If another change comes first, it is forgotten.
     pub fn defer(&self, job_id: &str, transition: &Transition) {
         self.known.entry_by_ref(job_id).and_compute_with(|standing| {
-            let Some(mut known) = standing.map(|standing| standing.into_value().as_ref().clone()) else { return Op::Nop };
+            let Some(mut known) = standing.map(|standing| standing.into_value().as_ref().clone()) else {
+                return Op::Nop;
+            };
             let applied =
                 known.record.as_mut().is_some_and(|record| transition::apply(record, transition, SystemTime::now()));
             if applied { Op::Put(Arc::new(known)) } else { Op::Nop }

@@ -26,7 +26,11 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
     let space = pipeline.declared_space();
     let model = space.as_ref().map(|space| pipeline.model(space));
     let needed = |role: &[&str]| -> Option<u64> {
-        parts.iter().filter(|part| role.contains(&part.role)).map(|part| part.measure.as_ref().map(Measure::memory)).sum()
+        parts
+            .iter()
+            .filter(|part| role.contains(&part.role))
+            .map(|part| part.measure.as_ref().map(Measure::memory))
+            .sum()
     };
     let memory = [("brain", needed(&["brain", "connector"])), ("hand", needed(&["hand"]))];
     if as_json {
@@ -71,7 +75,8 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         let bytes = bytes.map_or_else(|| "unknown".to_owned(), |bytes| scaled(bytes, "B"));
         format!("{role} {bytes}")
     });
-    let free = memory::available().map_or_else(String::new, |bytes| format!(" ({} can be had here)", scaled(bytes, "B")));
+    let free =
+        memory::available().map_or_else(String::new, |bytes| format!(" ({} can be had here)", scaled(bytes, "B")));
     output::line(format_args!(
         "{}: {}\n{}\n\n{}\n\nspace of the control signal: {}\nmemory for the weights, by worker: {}{free}",
         pipeline.name(),

@@ -298,7 +298,9 @@ fn stable_diffusion_3(folder: &Folder<'_>) -> Result<Described, Error> {
     let mut text = vec![json!([{ "encoder": 0, "layer": "penultimate" }, { "encoder": 1, "layer": "penultimate" }])];
     let mut zeros = Value::Null;
     if t5 {
-        encoders.push(json!({ "kind": "t5", "folder": "text_encoder_3", "tokenizer": "tokenizer_3", "max_tokens": SD3_TOKENS }));
+        encoders.push(
+            json!({ "kind": "t5", "folder": "text_encoder_3", "tokenizer": "tokenizer_3", "max_tokens": SD3_TOKENS }),
+        );
         text.push(json!([{ "encoder": 2, "layer": "last" }]));
     } else {
         zeros = json!([SD3_TOKENS, number("joint_attention_dim", 4096)]);
@@ -428,11 +430,7 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
 pub fn parts(path: &Path) -> Result<Vec<(String, String)>, Error> {
     let folder = Folder { path, index: read_json(&path.join(INDEX))? };
     let used = |name: &str| !UNUSED.contains(&name) && path.join(name).join("config.json").is_file();
-    Ok(folder
-        .parts()
-        .filter(|(name, _)| used(name))
-        .map(|(name, class)| (name.to_owned(), class.to_owned()))
-        .collect())
+    Ok(folder.parts().filter(|(name, _)| used(name)).map(|(name, class)| (name.to_owned(), class.to_owned())).collect())
 }
 
 /// A name from the folder's: its own, or that of the repository it is a snapshot of in a download cache.

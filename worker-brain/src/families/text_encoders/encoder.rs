@@ -197,8 +197,10 @@ impl Encoder {
             ids.extend(end);
         }
         if ids.len() > limit {
-            let message =
-                format!("{field} takes {} tokens, what is added around it included; the model reads {limit}", ids.len());
+            let message = format!(
+                "{field} takes {} tokens, what is added around it included; the model reads {limit}",
+                ids.len()
+            );
             return Err(ApiError::new(ErrorCode::LimitExceeded, message).field(field).limit(limit.to_string()).into());
         }
         if !matches!(self.network, Network::Decoder(_)) {

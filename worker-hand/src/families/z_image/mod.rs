@@ -62,12 +62,7 @@ pub fn load(pipeline: &Pipeline, device: &Device) -> std::result::Result<Box<dyn
 }
 
 impl ZImage {
-    fn text(
-        &self,
-        signal: &ControlSignal,
-        branch: Branch,
-        device: &Device,
-    ) -> std::result::Result<Text, EngineError> {
+    fn text(&self, signal: &ControlSignal, branch: Branch, device: &Device) -> std::result::Result<Text, EngineError> {
         let stream = signal::find(signal, StreamRole::Text, branch)
             .ok_or_else(|| latent::malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
         let states = signal::tensor(stream, device)?;

@@ -120,7 +120,8 @@ mod tests {
     fn families_by_their_type() {
         let qwen = read(&json!({})).unwrap();
         assert!(qwen.head_norm && !qwen.projection_bias && qwen.head_width == 6 && qwen.rotary_base == 1e6);
-        let old = read(&json!({ "model_type": "qwen2", "rope_parameters": null, "rope_theta": 5.0, "head_dim": null })).unwrap();
+        let old = read(&json!({ "model_type": "qwen2", "rope_parameters": null, "rope_theta": 5.0, "head_dim": null }))
+            .unwrap();
         assert!(old.projection_bias && old.head_width == 4 && old.rotary_base == 5.0);
         let gemma = json!({ "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 4, "sliding_window": 3 });
         let gemma = read(&gemma).unwrap();
