@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTokenizer, Qwen2Tokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
 
 HERE = Path(__file__).parent
 # Prompts of the golden tensors: short; with digits, accents, punctuation and another script; long.
@@ -80,6 +80,26 @@ def qwen_tokenizer():
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, model_max_length=131072)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT
+    return tokenizer, len(tokenizer)
+
+
+def gemma_tokenizer(text, merges=200):
+    """Gemma's tokenizer with merges learnt from a text, across words as it has them; other characters fall back to their bytes."""
+    sequence = list(text.replace(" ", "▁"))
+    letters, pairs = sorted(set(sequence) | set("▁abcdefghijklmnopqrstuvwxyz")), []
+    for _ in range(merges):
+        counts = Counter(zip(sequence, sequence[1:]))
+        best = max(sorted(counts), key=lambda pair: counts[pair])
+        pairs.append(best)
+        joined, i = [], 0
+        while i < len(sequence):
+            both = tuple(sequence[i : i + 2]) == best
+            joined.append("".join(best) if both else sequence[i])
+            i += 2 if both else 1
+        sequence = joined
+    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"] + [f"<0x{b:02X}>" for b in range(256)] + letters + ["".join(pair) for pair in pairs]
+    tokens = list(dict.fromkeys(tokens))
+    tokenizer = GemmaTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs, add_bos_token=True, model_max_length=8192)
     return tokenizer, len(tokenizer)
 
 

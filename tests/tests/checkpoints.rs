@@ -11,7 +11,10 @@ use std::{
 };
 
 use candle_core::{Device, Tensor};
-use efferent_brain::families as brains;
+use efferent_brain::families::{
+    self as brains,
+    text_encoders::encoder::{Encoder, Use},
+};
 use efferent_hand::families as hands;
 use efferent_proto::{
     internal::{Branch, StreamRole},
@@ -31,7 +34,7 @@ use efferent_worker::{
 use image::RgbImage;
 
 /// Every checkpoint, with the guidance that its pipeline has by default.
-const CHECKPOINTS: [(&str, f32); 12] = [
+const CHECKPOINTS: [(&str, f32); 15] = [
     ("sd15", 7.5),
     ("sd21", 7.5),
     ("sdxl-zeros", 5.0),
@@ -45,6 +48,9 @@ const CHECKPOINTS: [(&str, f32); 12] = [
     ("z-image", 5.0),
     ("z-image-turbo", 5.0),
     ("z-image-odd", 5.0),
+    ("sana", 4.5),
+    ("sana-odd", 4.5),
+    ("sana-sprint", 4.5),
 ];
 const PROMPTS: [&str; 3] = [
     "a red apple",
@@ -160,9 +166,9 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
     let configs = pipeline.brain().config["encoders"].as_array().unwrap().clone();
     for (number, config) in configs.iter().enumerate() {
         let config = serde_json::from_value(config.clone()).unwrap();
-        let encoder = brains::text_encoders::encoder::Encoder::load(pipeline.folder(), &config, &Device::Cpu).unwrap();
+        let encoder = Encoder::load(pipeline.folder(), &config, &Device::Cpu).unwrap();
         for (i, prompt) in texts() {
-            let ids: Vec<f32> = encoder.ids("prompt", prompt).unwrap().into_iter().map(|id| id as f32).collect();
+            let ids: Vec<f32> = encoder.ids(prompt, Use::Prompt).unwrap().into_iter().map(|id| id as f32).collect();
             assert_eq!(ids, golden.values(&format!("{i}.ids.{number}")), "{name}: ids of {prompt:?}");
         }
     }
@@ -213,6 +219,10 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
     compare(&mut *hand, &golden, "sized", &sized, &mut errors);
     let one = RenderRequest { steps: 1, ..request(&mut *brain, PROMPTS[0], "", 33, usual) };
     compare(&mut *hand, &golden, "one", &one, &mut errors);
+    if golden.has("two.latents") {
+        let two = RenderRequest { steps: 2, ..request(&mut *brain, PROMPTS[0], "", 34, usual) };
+        compare(&mut *hand, &golden, "two", &two, &mut errors);
+    }
 
     // What diffusers gives three prompts in one batch; here they share steps with others that came before and after.
     let mut batch: Vec<_> = PROMPTS

@@ -23,7 +23,7 @@ use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
-    networks::autoencoder::Autoencoder,
+    networks::LatentSpace,
     samplers::{self, Flow, Plan, Sampler, Trajectory},
 };
 
@@ -47,7 +47,7 @@ pub trait Network: Send + std::fmt::Debug + 'static {
     fn multiple(&self) -> usize;
 
     /// The autoencoder of its latents.
-    fn autoencoder(&self) -> &Autoencoder;
+    fn autoencoder(&self) -> &dyn LatentSpace;
 
     /// What it adds to its scheduler's configuration for latents of a shape.
     ///
@@ -211,6 +211,54 @@ pub fn text(signal: &ControlSignal, guided: bool, width: usize, device: &Device)
     Ok(Tensor::stack(&branches, 0)?)
 }
 
+/// A text, filled up to a number of tokens that others have too.
+#[derive(Debug)]
+pub struct FilledText {
+    /// (1, tokens, width)
+    pub states: Tensor,
+    /// (1, tokens), 1 for those of the text
+    pub present: Tensor,
+}
+
+/// A text of a signal, filled up with zeros to a multiple of so many tokens: texts of about the same length share a pass.
+///
+/// # Errors
+/// If the branch is missing, empty, or of another width.
+pub fn filled_text(
+    signal: &ControlSignal,
+    branch: Branch,
+    width: usize,
+    multiple: usize,
+    device: &Device,
+) -> Result<FilledText, EngineError> {
+    let stream = signal::find(signal, StreamRole::Text, branch)
+        .ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
+    let states = signal::tensor(stream, device)?;
+    let (tokens, channels) = states.dims2()?;
+    if tokens == 0 || channels != width {
+        return Err(malformed(format!("{tokens} states of {channels} channels, the network reads some of {width}")));
+    }
+    let filled = tokens.next_multiple_of(multiple);
+    let present: Vec<f32> = (0..filled).map(|token| f32::from(u8::from(token < tokens))).collect();
+    Ok(FilledText {
+        states: states.pad_with_zeros(0, 0, filled - tokens)?.unsqueeze(0)?,
+        present: Tensor::from_vec(present, (1, filled), device)?,
+    })
+}
+
+/// The latents of questions, (batch, channels, height, width).
+///
+/// # Errors
+/// If one is not of that shape.
+pub fn stacked<C>(
+    questions: &[Question<'_, C>],
+    [channels, height, width]: Shape,
+    device: &Device,
+) -> candle_core::Result<Tensor> {
+    let latent = |q: &Question<'_, C>| Tensor::from_slice(q.latent, (1, channels, height, width), device);
+    Tensor::cat(&questions.iter().map(latent).collect::<candle_core::Result<Vec<_>>>()?, 0)
+}
+
 /// The pooled text of a signal (1 or 2, width), as [`text`].
 ///
 /// # Errors
@@ -264,8 +312,8 @@ pub fn guide(scale: Option<f32>, answers: &[Vec<f32>]) -> Vec<f32> {
 ///
 /// # Errors
 /// If so.
-pub fn check_channels(part: &str, inputs: usize, outputs: usize, vae: &Autoencoder) -> Result<(), EngineError> {
-    let latent = vae.config().latent_channels;
+pub fn check_channels(part: &str, inputs: usize, outputs: usize, vae: &dyn LatentSpace) -> Result<(), EngineError> {
+    let latent = vae.channels();
     if inputs == latent && outputs == latent {
         return Ok(());
     }
@@ -282,7 +330,7 @@ impl<N: Network> Engine<N> {
             let message = format!("{width}x{height}: both sides of a picture must be multiples of {multiple}");
             return Err(ApiError::new(ErrorCode::NotOffered, message).field("size").limit(multiple.to_string()).into());
         }
-        Ok([vae.config().latent_channels, height / vae.factor(), width / vae.factor()])
+        Ok([vae.channels(), height / vae.factor(), width / vae.factor()])
     }
 
     fn begin_from(&mut self, request: &RenderRequest, from: Option<&[u8]>) -> Result<Sample, EngineError> {

@@ -7,7 +7,10 @@
 mod golden;
 
 use candle_core::{Device, Tensor};
-use efferent_hand::networks::autoencoder::{Autoencoder, Config};
+use efferent_hand::networks::{
+    LatentSpace as _,
+    autoencoder::{Autoencoder, Config},
+};
 use golden::difference;
 
 const NETWORK: &str = "autoencoder";

@@ -164,14 +164,36 @@ impl Weights {
     /// Takes a tensor. If it is missing or of another shape, that is noted for [`Weights::finish`], and zeros stand in for it (they take
     /// no memory, whatever the shape).
     pub fn get(&mut self, name: &str, shape: &[usize]) -> Tensor {
+        self.take(name, shape).unwrap_or_else(|| self.zeros(shape))
+    }
+
+    /// Takes a tensor and brings it into another form, of the shape `wanted`, in which zeros stand in for it if it is missing or of another shape.
+    ///
+    /// # Errors
+    /// If it cannot be brought into that form.
+    pub fn get_as(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        wanted: &[usize],
+        convert: impl FnOnce(Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        self.take(name, shape).map_or_else(|| Ok(self.zeros(wanted)), convert)
+    }
+
+    fn take(&mut self, name: &str, shape: &[usize]) -> Option<Tensor> {
         match self.tensors.remove(name) {
-            Some(tensor) if tensor.dims() == shape => return tensor,
+            Some(tensor) if tensor.dims() == shape => return Some(tensor),
             Some(tensor) => {
                 self.differences
                     .push(format!("tensor {name} has shape {:?}, the model wants {shape:?}", tensor.dims()));
             }
             None => self.differences.push(format!("tensor {name} {shape:?} is missing")),
         }
+        None
+    }
+
+    fn zeros(&self, shape: &[usize]) -> Tensor {
         Tensor::zeros((), DType::F32, &self.device)
             .and_then(|zero| zero.broadcast_as(shape))
             .expect("a scalar can be broadcast to any shape")

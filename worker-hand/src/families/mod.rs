@@ -2,6 +2,7 @@
 
 pub mod flux;
 pub mod pictogram;
+pub mod sana;
 pub mod sim;
 pub mod stable_diffusion;
 pub mod stable_diffusion_3;
@@ -18,9 +19,10 @@ use efferent_worker::{
 type Load = fn(&Pipeline, &Device) -> Result<Box<dyn Hand>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 5] = [
+pub const FAMILIES: [(&str, Load); 6] = [
     ("flux", flux::load),
     ("pictogram", pictogram::load),
+    ("sana", sana::load),
     ("stable_diffusion", stable_diffusion::load),
     ("stable_diffusion_3", stable_diffusion_3::load),
     ("z_image", z_image::load),

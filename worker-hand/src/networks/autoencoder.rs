@@ -15,7 +15,10 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
-use super::blocks::{Norm, Residual};
+use super::{
+    LatentSpace,
+    blocks::{Norm, Residual},
+};
 
 /// What `config.json` says. What it may say otherwise is refused by [`Autoencoder::new`], or changes nothing of what is computed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -267,11 +270,6 @@ impl Autoencoder {
         &self.config
     }
 
-    /// Pixels of a picture for each of a latent, along an axis.
-    pub fn factor(&self) -> usize {
-        1 << (self.config.block_out_channels.len() - 1)
-    }
-
     /// Pictures (batch, height, width, channels) in [-1, 1] -> what latents are likely: their mean and the logarithm of their variance, in [-30, 20], each
     /// (batch, height / factor, width / factor, latent), not scaled.
     ///
@@ -295,11 +293,25 @@ impl Autoencoder {
         Ok((x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?.clamp(-30f32, 20f32)?))
     }
 
-    /// Latents (batch, height, width, latent), not scaled -> pictures (batch, height factor, width factor, channels), about in [-1, 1].
+    /// Latents as a denoiser has them: (latent - shift) scale.
     ///
     /// # Errors
-    /// If shapes do not fit.
-    pub fn decode(&self, latent: &Tensor) -> Result<Tensor> {
+    /// If the device has no room.
+    pub fn scale(&self, latent: &Tensor) -> Result<Tensor> {
+        (latent - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
+    }
+}
+
+impl LatentSpace for Autoencoder {
+    fn channels(&self) -> usize {
+        self.config.latent_channels
+    }
+
+    fn factor(&self) -> usize {
+        1 << (self.config.block_out_channels.len() - 1)
+    }
+
+    fn decode(&self, latent: &Tensor) -> Result<Tensor> {
         let mut x = match &self.from_latent {
             Some(map) => map.forward(latent)?,
             None => latent.clone(),
@@ -317,19 +329,7 @@ impl Autoencoder {
         self.decoder.finish(&x)
     }
 
-    /// Latents as a denoiser has them: (latent - shift) scale.
-    ///
-    /// # Errors
-    /// If the device has no room.
-    pub fn scale(&self, latent: &Tensor) -> Result<Tensor> {
-        (latent - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
-    }
-
-    /// Back from a denoiser's latents: latent / scale + shift.
-    ///
-    /// # Errors
-    /// If the device has no room.
-    pub fn unscale(&self, latent: &Tensor) -> Result<Tensor> {
+    fn unscale(&self, latent: &Tensor) -> Result<Tensor> {
         (latent / self.config.scaling_factor)? + self.config.shift_factor.unwrap_or(0.0)
     }
 }

@@ -1,9 +1,10 @@
 //! What denoisers and autoencoders are both made of.
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use efferent_worker::{
     nn::{
         conv::Conv3x3,
+        depthwise::Depthwise,
         linear::Linear,
         norm::GroupNorm,
         ops::{self, Activation},
@@ -74,6 +75,38 @@ impl Residual {
             None => x + h,
         }
     }
+}
+
+/// Channels widened, mixed with those of neighbouring pixels, gated and narrowed: diffusers' `GLUMBConv`, without its norm and residual sum.
+#[derive(Debug)]
+pub(super) struct GatedConvolution {
+    inverted: Linear,
+    depthwise: Depthwise,
+    point: Linear,
+}
+
+impl GatedConvolution {
+    /// `ratio`: channels inside for each outside.
+    pub(super) fn new(weights: &mut Weights, name: &str, channels: usize, ratio: f64) -> Result<Self> {
+        let inner = (ratio * channels as f64) as usize;
+        Ok(Self {
+            inverted: Linear::of_convolution(weights, &format!("{name}.conv_inverted"), channels, 2 * inner)?,
+            depthwise: Depthwise::load(weights, &format!("{name}.conv_depth"), 2 * inner, 3, true)?,
+            point: Linear::of_plain_convolution(weights, &format!("{name}.conv_point"), inner, channels)?,
+        })
+    }
+
+    /// (batch, height, width, channels) -> the same shape
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = self.depthwise.forward(&ops::silu(&self.inverted.forward(x)?)?)?;
+        let halves = h.chunk(2, D::Minus1)?;
+        self.point.forward(&(&halves[0] * ops::silu(&halves[1])?)?)
+    }
+}
+
+/// Layer norm without weights, then `y (1 + scale) + shift`. x: (rows, tokens, width); scale, shift: (rows, width)
+pub(super) fn modulated_layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, eps: f64) -> Result<Tensor> {
+    ops::modulated_norm(&x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?, scale, shift, eps)
 }
 
 /// values: (count) -> (count, width): sines and cosines at width / 2 frequencies between 1 and 1 / 10,000.

@@ -2,13 +2,13 @@
 //!
 //! Source: diffusers 0.42.1, `JointTransformerBlock`, `FluxTransformerBlock`, `CombinedTimestep(Guidance)TextProjEmbeddings`.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use efferent_worker::{
     nn::{linear::Linear, ops},
     weights::Weights,
 };
 
-use super::blocks::sinusoid;
+use super::blocks::{modulated_layer_norm, sinusoid};
 
 /// Epsilon of every norm.
 pub(super) const EPS: f64 = 1e-6;
@@ -124,7 +124,7 @@ impl Stream {
 
 /// Layer norm without weights, then `y (1 + scale) + shift`.
 pub(super) fn normed(x: &Tensor, scale: &Tensor, shift: &Tensor) -> Result<Tensor> {
-    ops::modulated_norm(&x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?, scale, shift, EPS)
+    modulated_layer_norm(x, scale, shift, EPS)
 }
 
 /// Equal parts of modulation, each (batch, width).

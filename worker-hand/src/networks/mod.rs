@@ -4,9 +4,34 @@
 
 pub mod autoencoder;
 mod blocks;
+pub mod dc_autoencoder;
 pub mod flux;
 mod joint;
 mod rotary;
+pub mod sana;
 pub mod sd3;
 pub mod unet;
 pub mod z_image;
+
+use candle_core::{Result, Tensor};
+
+/// An autoencoder, as the engine of its latents sees it.
+pub trait LatentSpace: Send + Sync + std::fmt::Debug {
+    /// Channels of a latent.
+    fn channels(&self) -> usize;
+
+    /// Pixels of a picture for each cell of a latent, along an axis.
+    fn factor(&self) -> usize;
+
+    /// Latents (batch, height, width, channels), not scaled -> pictures (batch, height factor, width factor, 3), about in [-1, 1].
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn decode(&self, latent: &Tensor) -> Result<Tensor>;
+
+    /// Back from a denoiser's latents.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn unscale(&self, latent: &Tensor) -> Result<Tensor>;
+}

@@ -165,7 +165,12 @@ impl Sd3 {
         };
         Ok(Self {
             patches: Linear::of_patches(weights, "pos_embed.proj", in_channels, patch_size, width)?,
-            places: weights.get("pos_embed.pos_embed", &[1, side * side, width]).reshape((side, side, width))?,
+            places: weights.get_as(
+                "pos_embed.pos_embed",
+                &[1, side * side, width],
+                &[side, side, width],
+                |places| places.reshape((side, side, width)),
+            )?,
             embedder: Embedder::new(weights, config.pooled_projection_dim, width, false),
             context: Linear::with_bias(weights, "context_embedder", config.joint_attention_dim, width),
             blocks: (0..num_layers).map(|layer| block(weights, layer)).collect(),

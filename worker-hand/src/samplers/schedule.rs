@@ -31,6 +31,7 @@ pub(super) enum Rule {
     UniPc { order: usize, simple: bool, lower_order_final: bool, uncorrected: Vec<usize> },
     Lcm { clip: Option<f32>, scaling: f64 },
     Flow { noisy: bool },
+    Scm,
 }
 
 /// What a family of flow networks adds to its scheduler's configuration.
@@ -49,7 +50,8 @@ pub struct Plan {
     pub(super) prediction: Prediction,
     /// The time that the network is told, evaluation by evaluation.
     pub(super) times: Vec<f32>,
-    /// Level at each evaluation, and the one that its step leads to: sigmas, or cumulated alphas for [`Rule::Ddim`], [`Rule::Pndm`] and [`Rule::Lcm`].
+    /// Level at each evaluation, and the one that its step leads to: sigmas, cumulated alphas for [`Rule::Ddim`], [`Rule::Pndm`] and [`Rule::Lcm`],
+    /// or angles for [`Rule::Scm`].
     pub(super) spans: Vec<(f64, f64)>,
     /// Whether the level is the share of noise.
     pub(super) flow: bool,
@@ -83,6 +85,7 @@ impl Plan {
             Sampler::Euler | Sampler::EulerAncestral | Sampler::Heun => plan.sigmas(),
             Sampler::DpmPp2m | Sampler::DpmPp2mKarras | Sampler::UniPc => plan.multistep(flow),
             Sampler::Ddim | Sampler::Pndm | Sampler::Lcm => plan.alphas(),
+            Sampler::Scm => plan.angles(),
         }
     }
 
@@ -115,6 +118,11 @@ impl Plan {
         }
     }
 }
+
+/// The first angle, and that between two steps.
+#[expect(clippy::approx_constant, reason = "pi / 2 to four digits is what the networks were distilled with")]
+const SCM_START: f32 = 1.5708;
+const SCM_MIDDLE: f32 = 1.3;
 
 struct Planner<'a> {
     config: &'a Config,
@@ -377,6 +385,22 @@ impl Planner<'_> {
         };
         let times = times.into_iter().map(|t| t as f32).collect();
         Ok(Plan { rule, prediction: self.prediction()?, times, spans, flow: false, initial: 1.0 })
+    }
+
+    /// Trigonometric flow: latents are `cos(angle) clean + sin(angle) noise`, from pi / 2 to 0. Source: diffusers 0.42.1, `SanaSprintPipeline`.
+    fn angles(&self) -> Result<Plan, Error> {
+        match self.config.word("prediction_type", "trigflow")? {
+            "trigflow" => {}
+            other => return Err(Error(format!("prediction_type {other:?} is not known"))),
+        }
+        let angles: Vec<f32> = match self.steps {
+            2 => vec![SCM_START, SCM_MIDDLE, 0.0],
+            steps => linspace(SCM_START, 0.0, steps + 1),
+        };
+        let times = angles[..self.steps].iter().map(|angle| angle.sin() / (angle.cos() + angle.sin())).collect();
+        let angles: Vec<f64> = angles.into_iter().map(f64::from).collect();
+        let spans = spans(&angles[..self.steps], 0.0);
+        Ok(Plan { rule: Rule::Scm, prediction: Prediction::Flow, times, spans, flow: false, initial: 1.0 })
     }
 
     fn lcm_times(&self) -> Result<Vec<i64>, Error> {

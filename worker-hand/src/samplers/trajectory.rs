@@ -57,6 +57,13 @@ impl Trajectory {
             Rule::Euler | Rule::Ancestral => level,
             Rule::Heun { .. } if self.done.is_multiple_of(2) => level,
             Rule::Heun { .. } => next,
+            Rule::Scm => {
+                let norm = flow_norm(self.plan.times[self.done]);
+                return (
+                    Cow::Owned(self.latent.iter().map(|value| value * norm).collect()),
+                    self.plan.times[self.done],
+                );
+            }
             _ => return (Cow::Borrowed(&self.latent), self.plan.times[self.done]),
         };
         let scale = (sigma * sigma + 1.0).sqrt() as f32;
@@ -110,6 +117,21 @@ impl Trajectory {
                 } else {
                     add(&mut self.latent, next - level, output);
                 }
+            }
+            Rule::Scm => {
+                // The network speaks of a straight flow at the share of noise `u`; its answer there is this one of the angle's.
+                let (u, norm) = (plan.times[at], flow_norm(plan.times[at]));
+                let turned =
+                    |(x, v): (&f32, &f32)| ((1.0 - 2.0 * u) * (x * norm) + (1.0 - 2.0 * u + 2.0 * u * u) * v) / norm;
+                let turned: Vec<f32> = self.latent.iter().zip(output).map(turned).collect();
+                self.clean = mix(&[(level.cos(), &self.latent), (-level.sin(), &turned)]);
+                self.latent = match at + 1 == plan.times.len() {
+                    true => self.clean.clone(),
+                    false => {
+                        let noise = self.draw();
+                        mix(&[(next.cos(), &self.clean), (next.sin(), &noise)])
+                    }
+                };
             }
             Rule::Dpm { .. } => self.dpm(&plan, output),
             Rule::UniPc { .. } => self.unipc(&plan, output),
@@ -274,6 +296,11 @@ impl Trajectory {
         let trajectory = Self { plan, done, latent, kept: parts.collect(), clean: Vec::new(), noise, draws };
         trajectory.is_between_steps().then_some((trajectory, steps))
     }
+}
+
+/// The length of (signal, noise) where the share of noise is `u`: what a latent of unit length is multiplied by there.
+fn flow_norm(u: f32) -> f32 {
+    (u * u + (1.0 - u) * (1.0 - u)).sqrt()
 }
 
 /// A level as shares of signal and noise, and half the logarithm of their ratio of power.

@@ -65,8 +65,35 @@ def scheduler(own, name):
     return getattr(diffusers, CLASSES[name]).from_config(own.config, **more)
 
 
+def trigonometric(golden, cases):
+    """Sana-Sprint's: its pipeline turns the network's answer, and its latents are half as large as those here."""
+    made = diffusers.SCMScheduler()
+    half = made.config.sigma_data
+    for steps in STEPS:
+        key = f"sprint/scm/{steps}"
+        made.set_timesteps(steps, intermediate_timesteps=1.3 if steps == 2 else None)
+        made.set_begin_index(0)
+        angles = made.timesteps
+        share = torch.sin(angles[:-1]) / (torch.cos(angles[:-1]) + torch.sin(angles[:-1]))
+        golden[f"{key}/times"], golden[f"{key}/levels"] = share, angles
+        cases.append({"key": key, "config": "sprint", "sampler": "scm", "steps": steps, "even": False, "mu": None})
+        if steps > 8:
+            continue
+        generator = torch.Generator().manual_seed(11)
+        latent = torch.randn(1, COUNT, generator=generator) * half
+        out = [latent / half]
+        for angle, u in zip(angles, share):
+            norm = torch.sqrt(u**2 + (1 - u) ** 2)
+            x = latent / half * norm
+            answer = ((1 - 2 * u) * x + (1 - 2 * u + 2 * u**2) * network(x, u)) / norm * half
+            latent = made.step(answer, angle, latent, generator=generator, return_dict=False)[0]
+            out.append(latent / half)
+        golden[f"{key}/latents"] = torch.stack(out)
+
+
 def main():
     golden, cases = {}, []
+    trigonometric(golden, cases)
     for case, (config, samplers, even, mu) in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "scheduler_config.json").write_text(json.dumps(config))
@@ -100,7 +127,7 @@ def main():
                 golden[f"{key}/latents"] = torch.stack(out)
     here = Path(__file__).parent
     save_file({k: v.contiguous() for k, v in golden.items()}, here / "golden.safetensors")
-    (here / "cases.json").write_text(json.dumps({"configs": {k: v[0] for k, v in CASES.items()}, "cases": cases}, separators=(",", ":")).replace('},{"key"', '},\n{"key"') + "\n")
+    (here / "cases.json").write_text(json.dumps({"configs": {"sprint": {"_class_name": "SCMScheduler", "prediction_type": "trigflow", "sigma_data": .5}, **{k: v[0] for k, v in CASES.items()}}, "cases": cases}, separators=(",", ":")).replace('},{"key"', '},\n{"key"') + "\n")
     print(len(cases), "cases", sum(v.numel() for v in golden.values()), "values")
 
 

@@ -45,8 +45,16 @@ pub struct Conv3x3 {
     /// (9 in, out)
     weight: Tensor,
     /// (out)
-    bias: Tensor,
+    bias: Option<Tensor>,
     sampling: Sampling,
+}
+
+/// (out, in, 3, 3) -> (9 in, out)
+fn rows_of_kernel(weight: &Tensor) -> Result<Tensor> {
+    let (outputs, inputs, 3, 3) = weight.dims4()? else {
+        candle_core::bail!("a kernel of {:?} is not 3 x 3", weight.dims())
+    };
+    weight.permute((2, 3, 1, 0))?.contiguous()?.reshape((9 * inputs, outputs))
 }
 
 impl Conv3x3 {
@@ -55,13 +63,8 @@ impl Conv3x3 {
     /// # Errors
     /// If the shapes are others.
     pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
-        let (outputs, inputs, 3, 3) = weight.dims4()? else {
-            candle_core::bail!("a kernel of {:?} is not 3 x 3", weight.dims())
-        };
-        let bias = bias.reshape(outputs)?;
-        // (out, in, 3, 3) -> (3, 3, in, out) -> (9 in, out)
-        let weight = weight.permute((2, 3, 1, 0))?.contiguous()?.reshape((9 * inputs, outputs))?;
-        Ok(Self { weight, bias, sampling: Sampling::Every })
+        let bias = Some(bias.reshape(weight.dim(0)?)?);
+        Ok(Self { weight: rows_of_kernel(weight)?, bias, sampling: Sampling::Every })
     }
 
     /// The same convolution at other pixels.
@@ -75,8 +78,18 @@ impl Conv3x3 {
     /// # Errors
     /// Never on weights of that shape.
     pub fn load(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
-        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, 3, 3]);
-        Self::new(&weight, &weights.get(&format!("{name}.bias"), &[outputs]))
+        let plain = Self::load_plain(weights, name, inputs, outputs)?;
+        Ok(Self { bias: Some(weights.get(&format!("{name}.bias"), &[outputs])), ..plain })
+    }
+
+    /// The same without bias.
+    ///
+    /// # Errors
+    /// Never on weights of that shape.
+    pub fn load_plain(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
+        let (shape, wanted) = ([outputs, inputs, 3, 3], [9 * inputs, outputs]);
+        let weight = weights.get_as(&format!("{name}.weight"), &shape, &wanted, |weight| rows_of_kernel(&weight))?;
+        Ok(Self { weight, bias: None, sampling: Sampling::Every })
     }
 
     /// (batch, height, width, in) -> (batch, height, width, out), the sizes as its [`Sampling`] says
@@ -87,7 +100,12 @@ impl Conv3x3 {
         let (b, h, w, _) = x.dims4()?;
         let rows = im2col(x, self.sampling)?; // (b h w, 9 in)
         let (h, w) = (self.sampling.size(h), self.sampling.size(w));
-        rows.matmul(&self.weight)?.broadcast_add(&self.bias)?.reshape((b, h, w, self.bias.elem_count()))
+        let y = rows.matmul(&self.weight)?;
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        };
+        y.reshape((b, h, w, self.weight.dim(1)?))
     }
 }
 

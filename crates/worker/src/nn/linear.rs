@@ -36,15 +36,30 @@ impl Linear {
         Self::of_patches(weights, name, inputs, 1, outputs)
     }
 
+    /// The same without bias.
+    ///
+    /// # Errors
+    /// Never on weights of that shape.
+    pub fn of_plain_convolution(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
+        Self::kernel(weights, name, inputs, 1, outputs)
+    }
+
     /// A convolution whose stride is its side as a map of patches, whose values are ordered by channel, row and column: takes `{name}.weight` of
     /// (out, in, side, side) and `{name}.bias`.
     ///
     /// # Errors
     /// Never on weights of that shape.
     pub fn of_patches(weights: &mut Weights, name: &str, inputs: usize, side: usize, outputs: usize) -> Result<Self> {
-        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs, side, side]);
-        let weight = weight.reshape((outputs, inputs * side * side))?;
-        Ok(Self { weight: transposed(weight), bias: Some(weights.get(&format!("{name}.bias"), &[outputs])) })
+        let plain = Self::kernel(weights, name, inputs, side, outputs)?;
+        Ok(Self { bias: Some(weights.get(&format!("{name}.bias"), &[outputs])), ..plain })
+    }
+
+    fn kernel(weights: &mut Weights, name: &str, inputs: usize, side: usize, outputs: usize) -> Result<Self> {
+        let (name, values) = (format!("{name}.weight"), inputs * side * side);
+        let weight = weights.get_as(&name, &[outputs, inputs, side, side], &[values, outputs], |weight| {
+            weight.reshape((outputs, values))?.t()?.contiguous()
+        })?;
+        Ok(Self { weight, bias: None })
     }
 
     /// (.., in) -> (.., out)

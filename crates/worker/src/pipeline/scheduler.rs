@@ -30,11 +30,13 @@ pub enum Sampler {
     UniPc,
     /// `LCMScheduler`, for networks distilled into few steps.
     Lcm,
+    /// `SCMScheduler`, for networks of trigonometric flow distilled into few steps.
+    Scm,
 }
 
 impl Sampler {
     /// Every sampler.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Ddim,
         Self::Pndm,
         Self::Euler,
@@ -44,6 +46,7 @@ impl Sampler {
         Self::DpmPp2mKarras,
         Self::UniPc,
         Self::Lcm,
+        Self::Scm,
     ];
 
     /// The name in requests.
@@ -58,6 +61,7 @@ impl Sampler {
             Self::DpmPp2mKarras => "dpmpp-2m-karras",
             Self::UniPc => "unipc",
             Self::Lcm => "lcm",
+            Self::Scm => "scm",
         }
     }
 }
@@ -123,7 +127,7 @@ const KNOWN: [&str; 33] = [
 ];
 
 /// Fields with the only values that are computed here; `null` is one too. Of those that belong to other fields, which are off, any value is fine.
-const NEUTRAL: [(&str, &[&str]); 17] = [
+const NEUTRAL: [(&str, &[&str]); 18] = [
     ("trained_betas", &[]),
     ("thresholding", &["false"]),
     ("dynamic_thresholding_ratio", &["*"]),
@@ -141,6 +145,8 @@ const NEUTRAL: [(&str, &[&str]); 17] = [
     ("invert_sigmas", &["false"]),
     ("shift_terminal", &[]),
     ("skip_type", &["*"]),
+    // What latents of SCM are multiplied by, from the noise on to the end, where it is taken off again.
+    ("sigma_data", &["*"]),
 ];
 
 /// Fields as the file has them. What it leaves out is filled in with the defaults of the sampler that is asked for, as diffusers does when it makes one
@@ -195,6 +201,7 @@ impl Config {
             DPM => Ok(Sampler::DpmPp2m),
             UNIPC => Ok(Sampler::UniPc),
             "LCMScheduler" => Ok(Sampler::Lcm),
+            SCM => Ok(Sampler::Scm),
             class => Err(Error(format!("_class_name {class:?} is not known"))),
         }
     }
@@ -210,9 +217,10 @@ impl Config {
         let others: &[Sampler] = match self.is_flow() {
             true if self.class == FLOW_EULER => &[],
             true => &[Sampler::DpmPp2m, Sampler::UniPc, Sampler::Euler],
+            false if self.class == SCM => &[],
             false => &Sampler::ALL,
         };
-        let others = others.iter().copied().filter(|sampler| Some(*sampler) != own);
+        let others = others.iter().copied().filter(|sampler| Some(*sampler) != own && *sampler != Sampler::Scm);
         let others =
             others.filter(|sampler| *sampler != Sampler::Pndm || self.flag("skip_prk_steps", false) == Ok(true));
         own.into_iter().chain(others).collect()
@@ -281,5 +289,6 @@ impl Config {
 
 /// The class of flow matching by Euler's method.
 pub const FLOW_EULER: &str = "FlowMatchEulerDiscreteScheduler";
+const SCM: &str = "SCMScheduler";
 const DPM: &str = "DPMSolverMultistepScheduler";
 const UNIPC: &str = "UniPCMultistepScheduler";

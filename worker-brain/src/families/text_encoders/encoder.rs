@@ -39,6 +39,31 @@ pub struct Config {
     /// What is written before and after a text.
     #[serde(default)]
     pub template: (String, String),
+    /// What is written before a prompt, and not before a negative one. Its tokens do not count, and of their states only the first and the last are kept.
+    #[serde(default)]
+    pub instruction: String,
+    /// Whether texts are read in lower case, without spaces around them.
+    #[serde(default)]
+    pub lower_case: bool,
+}
+
+/// What a text is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Use {
+    /// What is to be drawn.
+    Prompt,
+    /// What is not.
+    Negative,
+}
+
+impl Use {
+    /// The field of a request that it stands in.
+    fn field(self) -> &'static str {
+        match self {
+            Self::Prompt => "prompt",
+            Self::Negative => "negative_prompt",
+        }
+    }
 }
 
 /// Encoders that are known.
@@ -70,7 +95,32 @@ pub struct Encoder {
     max_tokens: usize,
     cut: bool,
     template: (String, String),
+    lower_case: bool,
+    instruction: Instruction,
     network: Network,
+}
+
+/// What is written before prompts; empty for nothing.
+#[derive(Debug)]
+struct Instruction {
+    text: String,
+    /// Its tokens, with what the tokenizer adds.
+    tokens: usize,
+}
+
+impl Instruction {
+    fn new(text: &str, tokenizer: &Tokenizer) -> Result<Self, EngineError> {
+        let tokens = match text.is_empty() {
+            true => 0,
+            false => tokenizer.encode(text).map_err(|e| EngineError::compute("cannot read an instruction", e))?.len(),
+        };
+        Ok(Self { text: text.to_owned(), tokens })
+    }
+
+    /// Tokens that a text may have more because of it: all but the first and the last, which are kept.
+    fn room(&self, use_: Use) -> usize {
+        if use_ == Use::Prompt { self.tokens.saturating_sub(2) } else { 0 }
+    }
 }
 
 #[derive(Debug)]
@@ -152,7 +202,7 @@ impl Encoder {
     /// # Errors
     /// If a file cannot be read, is malformed, or is not of the encoder.
     pub fn load(folder: &Path, config: &Config, device: &Device) -> Result<Self, EngineError> {
-        let Config { folder: part, tokenizer, max_tokens, cut, template, .. } = config;
+        let Config { folder: part, tokenizer, max_tokens, cut, template, lower_case, .. } = config;
         let refused = |field: &str, message: String| -> EngineError {
             ApiError::new(ErrorCode::InvalidField, message).field(field).into()
         };
@@ -168,7 +218,9 @@ impl Encoder {
         }
         let tokenizer = Tokenizer::open(&folder.join(tokenizer)).map_err(|e| unloadable(part)(e.into()))?;
         let network = Network::load(&folder.join(part), config, tokenizer.largest(), device)?;
-        Ok(Self { tokenizer, max_tokens: *max_tokens, cut: *cut, template: template.clone(), network })
+        let instruction = Instruction::new(&config.instruction, &tokenizer)?;
+        let (template, lower_case) = (template.clone(), *lower_case);
+        Ok(Self { tokenizer, max_tokens: *max_tokens, cut: *cut, template, lower_case, instruction, network })
     }
 
     /// Channels of a state.
@@ -180,26 +232,41 @@ impl Encoder {
         }
     }
 
+    /// Whether it reads a prompt otherwise than a negative prompt.
+    pub fn tells_apart(&self) -> bool {
+        !self.instruction.text.is_empty()
+    }
+
+    /// Most tokens that it reads at once.
+    pub fn longest(&self) -> usize {
+        self.max_tokens + self.instruction.room(Use::Prompt)
+    }
+
     /// Token ids of a text in its template, padded if the encoder wants it so. One that is too long is cut before its end token, or refused, naming the field.
     ///
     /// # Errors
     /// If the text is too long, or the tokenizer fails.
-    pub fn ids(&self, field: &str, text: &str) -> Result<Vec<u32>, EngineError> {
+    pub fn ids(&self, text: &str, use_: Use) -> Result<Vec<u32>, EngineError> {
         let (before, after) = &self.template;
+        let lower = self.lower_case.then(|| text.to_lowercase());
+        let text = lower.as_deref().map_or(text, str::trim);
+        let instruction = if use_ == Use::Prompt { &*self.instruction.text } else { "" };
         let mut ids = self
             .tokenizer
-            .encode(&format!("{before}{text}{after}"))
+            .encode(&format!("{before}{instruction}{text}{after}"))
             .map_err(|e| EngineError::compute("cannot split a text into tokens", e))?;
-        let limit = self.max_tokens;
+        let room = self.instruction.room(use_);
+        let limit = self.max_tokens + room;
         if self.cut && ids.len() > limit {
             let end = ids.last().copied();
             ids.truncate(limit - 1);
             ids.extend(end);
         }
         if ids.len() > limit {
+            let (field, limit) = (use_.field(), self.max_tokens);
             let message = format!(
                 "{field} takes {} tokens, what is added around it included; the model reads {limit}",
-                ids.len()
+                ids.len() - room
             );
             return Err(ApiError::new(ErrorCode::LimitExceeded, message).field(field).limit(limit.to_string()).into());
         }
@@ -213,7 +280,8 @@ impl Encoder {
     ///
     /// # Errors
     /// If an id is not of the vocabulary.
-    pub fn states(&self, ids: &[u32]) -> candle_core::Result<States<'_>> {
+    pub fn states(&self, ids: &[u32], use_: Use) -> candle_core::Result<States<'_>> {
+        let skipped = self.instruction.room(use_).min(ids.len().saturating_sub(1));
         let ids = Tensor::new(ids, self.network.device())?.unsqueeze(0)?;
         let states = match &self.network {
             Network::Clip(clip) => clip.states(&ids, None)?,
@@ -224,7 +292,7 @@ impl Encoder {
                 decoder.states(&decoder.embed(&ids)?, &present, &[layers.saturating_sub(1), layers])?
             }
         };
-        Ok(States { encoder: self, ids, states })
+        Ok(States { encoder: self, ids, skipped, states })
     }
 }
 
@@ -233,6 +301,8 @@ impl Encoder {
 pub struct States<'a> {
     encoder: &'a Encoder,
     ids: Tensor,
+    /// Tokens after the first whose states are left out.
+    skipped: usize,
     states: Vec<Tensor>,
 }
 
@@ -251,12 +321,17 @@ impl States<'_> {
     /// # Errors
     /// If the encoder has no such layer.
     pub fn layer(&self, layer: Layer) -> candle_core::Result<Tensor> {
-        match (layer, &self.encoder.network, &*self.states) {
+        let states = match (layer, &self.encoder.network, &*self.states) {
             (Layer::Last, ..) => self.normed()?.get(0),
             (Layer::Penultimate, Network::Clip(_) | Network::Decoder(_), [.., penultimate, _]) => penultimate.get(0),
             (Layer::Penultimate, Network::T5(_), [.., penultimate, _, _]) => penultimate.get(0),
             (Layer::Penultimate, ..) => candle_core::bail!("an encoder without layers has none but the last"),
+        }?;
+        if self.skipped == 0 {
+            return Ok(states);
         }
+        let rest = states.dim(0)? - 1 - self.skipped;
+        Tensor::cat(&[states.narrow(0, 0, 1)?, states.narrow(0, 1 + self.skipped, rest)?], 0)
     }
 
     /// The vector that stands for the whole text.

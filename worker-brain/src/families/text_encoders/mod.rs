@@ -1,7 +1,7 @@
 //! Text encoders as they are, without a connector: what the pipelines of diffusers condition their denoisers on.
 //!
 //! Which encoders there are, at which layer each is read and how their states are joined is data (`brain.config`), written for a folder of diffusers by
-//! `crates/worker/src/pipeline/diffusers.rs`. Read in this order: this file (prompts to control signals), [`tokenizer`], [`encoder`].
+//! `crates/worker/src/pipeline/diffusers/classes.rs`. Read in this order: this file (prompts to control signals), [`tokenizer`], [`encoder`].
 
 pub mod encoder;
 pub mod tokenizer;
@@ -25,7 +25,7 @@ use efferent_worker::{
 use rayon::prelude::*;
 use serde::Deserialize;
 
-use self::encoder::{Encoder, Layer};
+use self::encoder::{Encoder, Layer, Use};
 use super::{Source, unloadable};
 
 /// Texts of a batch.
@@ -79,6 +79,12 @@ struct TextEncoders {
     empty: Option<Encoded>,
 }
 
+/// A text, and what it is.
+type Text<'a> = (&'a str, Use);
+
+/// The text of a negative prompt that is not given.
+const EMPTY: Text<'static> = ("", Use::Negative);
+
 /// What a text comes to.
 #[derive(Debug, Clone)]
 struct Encoded {
@@ -113,7 +119,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         let (ours, wanted) = (signal::space_name(&space), signal::space_name(&other));
         return Err(impossible(&format!("the encoders give {ours}, the hand wants {wanted}")));
     }
-    let tokens = config.encoders.iter().map(|part| part.max_tokens).max().unwrap_or(0);
+    let tokens = encoders.iter().map(Encoder::longest).max().unwrap_or(0);
     let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_TEXTS * tokens, simulated: false };
     let template = blake3::hash(pipeline.brain().config.to_string().as_bytes());
     let header = ControlHeader {
@@ -128,14 +134,18 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
 
 impl TextEncoders {
     /// The tokens of a text for each encoder; refuses one that is too long.
-    fn ids(&self, field: &str, text: &str) -> Result<Vec<Vec<u32>>, EngineError> {
-        self.encoders.iter().map(|encoder| encoder.ids(field, text)).collect()
+    fn ids(&self, (text, use_): Text<'_>) -> Result<Vec<Vec<u32>>, EngineError> {
+        self.encoders.iter().map(|encoder| encoder.ids(text, use_)).collect()
     }
 
-    fn encode(&self, text: &str) -> Result<Encoded, EngineError> {
-        let ids = self.ids("prompt", text)?;
-        let read: Vec<encoder::States> =
-            self.encoders.iter().zip(&ids).map(|(encoder, ids)| encoder.states(ids)).collect::<Result<_, _>>()?;
+    fn encode(&self, text: Text<'_>) -> Result<Encoded, EngineError> {
+        let ids = self.ids(text)?;
+        let read: Vec<encoder::States> = self
+            .encoders
+            .iter()
+            .zip(&ids)
+            .map(|(encoder, ids)| encoder.states(ids, text.1))
+            .collect::<Result<_, _>>()?;
         let group = |group: &Vec<Read>| {
             let parts = group.iter().map(|part| read[part.encoder].layer(part.layer)).collect::<Result<Vec<_>, _>>()?;
             Tensor::cat(&parts, 1)
@@ -183,17 +193,28 @@ impl TextEncoders {
     }
 
     /// The text of the negative branch; none if zeros stand for it, or nothing.
-    fn negative<'a>(&self, request: &'a EmbedRequest) -> Option<&'a str> {
+    fn negative<'a>(&self, request: &'a EmbedRequest) -> Option<Text<'a>> {
         match self.config.empty_negative {
             EmptyNegative::Nothing => None,
             EmptyNegative::Zeros if request.negative_prompt.is_empty() => None,
-            EmptyNegative::Zeros | EmptyNegative::Text => Some(&request.negative_prompt),
+            EmptyNegative::Zeros | EmptyNegative::Text => Some((&request.negative_prompt, Use::Negative)),
         }
     }
 
     fn check(&self, request: &EmbedRequest) -> Result<(), EngineError> {
-        self.ids("prompt", &request.prompt)?;
-        self.negative(request).map_or(Ok(()), |negative| self.ids("negative_prompt", negative).map(drop))
+        self.ids((&*request.prompt, Use::Prompt))?;
+        self.negative(request).map_or(Ok(()), |negative| self.ids(negative).map(drop))
+    }
+}
+
+fn look<'a>(
+    found: &'a HashMap<Text<'a>, Result<Encoded, EngineError>>,
+    text: Text<'a>,
+) -> Result<&'a Encoded, EngineError> {
+    match found.get(&text) {
+        Some(Ok(encoded)) => Ok(encoded),
+        Some(Err(error)) => Err(EngineError::compute("a text cannot be encoded", error.to_string())),
+        None => Err(EngineError::Crashed("a text was left out of its batch".to_owned())),
     }
 }
 
@@ -224,10 +245,12 @@ impl Brain for TextEncoders {
     fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
         let checked: Vec<Result<(), EngineError>> = batch.iter().map(|request| self.check(request)).collect();
         let good = || batch.iter().zip(&checked).filter(|(_, checked)| checked.is_ok()).map(|(request, _)| request);
-        let mut texts: Vec<&str> = Vec::new();
+        // Where both are read alike, a text is encoded once, whatever it is for.
+        let use_ = if self.encoders.iter().any(Encoder::tells_apart) { Use::Prompt } else { Use::Negative };
+        let mut texts: Vec<Text<'_>> = Vec::new();
         for request in good() {
-            for text in [Some(&*request.prompt), self.negative(request)].into_iter().flatten() {
-                let known = texts.contains(&text) || (text.is_empty() && self.empty.is_some());
+            for text in [Some((&*request.prompt, use_)), self.negative(request)].into_iter().flatten() {
+                let known = texts.contains(&text) || (text == EMPTY && self.empty.is_some());
                 if !known {
                     texts.push(text);
                 }
@@ -235,21 +258,16 @@ impl Brain for TextEncoders {
         }
         // Each text on a thread of its own: what one comes to does not depend on the others.
         let encoded: Vec<Result<Encoded, EngineError>> =
-            on_pool(|| texts.par_iter().map(|text| self.encode(text)).collect());
-        let mut found: HashMap<&str, Result<Encoded, EngineError>> = texts.into_iter().zip(encoded).collect();
-        match (&self.empty, found.get("")) {
-            (Some(empty), _) => drop(found.insert("", Ok(empty.clone()))),
+            on_pool(|| texts.par_iter().map(|text| self.encode(*text)).collect());
+        let mut found: HashMap<Text<'_>, Result<Encoded, EngineError>> = texts.into_iter().zip(encoded).collect();
+        match (&self.empty, found.get(&EMPTY)) {
+            (Some(empty), _) => drop(found.insert(EMPTY, Ok(empty.clone()))),
             (None, Some(Ok(empty))) => self.empty = Some(empty.clone()),
             (None, _) => {}
         }
-        let look = |text: &str| match found.get(text) {
-            Some(Ok(encoded)) => Ok(encoded),
-            Some(Err(error)) => Err(EngineError::compute("a text cannot be encoded", error.to_string())),
-            None => Err(EngineError::Crashed("a text was left out of its batch".to_owned())),
-        };
         let signal = |request: &EmbedRequest| {
-            let negative = self.negative(request).map(look).transpose()?;
-            self.signal(look(&request.prompt)?, negative)
+            let negative = self.negative(request).map(|text| look(&found, text)).transpose()?;
+            self.signal(look(&found, (&*request.prompt, use_))?, negative)
         };
         batch.iter().zip(checked).map(|(request, checked)| checked.and_then(|()| signal(request))).collect()
     }

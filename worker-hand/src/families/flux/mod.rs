@@ -18,6 +18,7 @@ use efferent_worker::{
 use crate::{
     latent::{self, Network, Question, Shape},
     networks::{
+        LatentSpace,
         autoencoder::Autoencoder,
         flux::{Flux as Transformer, Text},
     },
@@ -74,7 +75,7 @@ impl Network for Flux {
         self.vae.factor() * PATCH
     }
 
-    fn autoencoder(&self) -> &Autoencoder {
+    fn autoencoder(&self) -> &dyn LatentSpace {
         &self.vae
     }
 

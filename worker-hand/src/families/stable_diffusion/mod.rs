@@ -13,6 +13,7 @@ use efferent_worker::{
 use crate::{
     latent::{self, Network, Question, Shape, guide, guided},
     networks::{
+        LatentSpace,
         autoencoder::Autoencoder,
         unet::{Added, Unet},
     },
@@ -72,7 +73,7 @@ impl Network for StableDiffusion {
         self.vae.factor()
     }
 
-    fn autoencoder(&self) -> &Autoencoder {
+    fn autoencoder(&self) -> &dyn LatentSpace {
         &self.vae
     }
 

@@ -13,7 +13,7 @@ use efferent_worker::{
 
 use crate::{
     latent::{self, Network, Question, Shape, guide, guided},
-    networks::{autoencoder::Autoencoder, sd3::Sd3},
+    networks::{LatentSpace, autoencoder::Autoencoder, sd3::Sd3},
     samplers::{self, Flow},
 };
 
@@ -59,7 +59,7 @@ impl Network for StableDiffusion3 {
         self.vae.factor() * self.transformer.config().patch_size
     }
 
-    fn autoencoder(&self) -> &Autoencoder {
+    fn autoencoder(&self) -> &dyn LatentSpace {
         &self.vae
     }
 

@@ -2,21 +2,21 @@
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/z_image`.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Tensor};
 use efferent_proto::{
-    internal::{Branch, ControlSignal, StreamRole},
+    internal::{Branch, ControlSignal},
     v1::Size,
 };
 use efferent_worker::{
     engine::{EngineError, Hand},
     nn::rows::by_row,
     pipeline::Pipeline,
-    signal,
 };
 
 use crate::{
-    latent::{self, Network, Question, Shape},
+    latent::{self, FilledText, Network, Question, Shape},
     networks::{
+        LatentSpace,
         autoencoder::Autoencoder,
         z_image::{MULTIPLE, ZImage as Transformer},
     },
@@ -29,20 +29,11 @@ struct ZImage {
     vae: Autoencoder,
 }
 
-/// A text, filled up.
-#[derive(Debug)]
-struct Text {
-    /// (1, tokens, width)
-    states: Tensor,
-    /// (1, tokens), 1 for those of the text
-    present: Tensor,
-}
-
 /// What a sample is conditioned on.
 #[derive(Debug)]
 struct Condition {
     /// With the prompt, and without it if there is guidance.
-    texts: Vec<Text>,
+    texts: Vec<FilledText>,
     guidance: f32,
 }
 
@@ -50,7 +41,7 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, device: &Device) -> std::result::Result<Box<dyn Hand>, EngineError> {
+pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, EngineError> {
     latent::load(pipeline, device, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
@@ -59,27 +50,6 @@ pub fn load(pipeline: &Pipeline, device: &Device) -> std::result::Result<Box<dyn
         latent::check_channels("transformer", channels, channels, &vae)?;
         Ok(ZImage { transformer, vae })
     })
-}
-
-impl ZImage {
-    fn text(&self, signal: &ControlSignal, branch: Branch, device: &Device) -> std::result::Result<Text, EngineError> {
-        let stream = signal::find(signal, StreamRole::Text, branch)
-            .ok_or_else(|| latent::malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
-        let states = signal::tensor(stream, device)?;
-        let (tokens, width) = states.dims2()?;
-        let wanted = self.transformer.config().cap_feat_dim;
-        if tokens == 0 || width != wanted {
-            return Err(latent::malformed(format!(
-                "{tokens} states of {width} channels, the network reads some of {wanted}"
-            )));
-        }
-        let filled = tokens.next_multiple_of(MULTIPLE);
-        let present: Vec<f32> = (0..filled).map(|token| f32::from(u8::from(token < tokens))).collect();
-        Ok(Text {
-            states: states.pad_with_zeros(0, 0, filled - tokens)?.unsqueeze(0)?,
-            present: Tensor::from_vec(present, (1, filled), device)?,
-        })
-    }
 }
 
 impl Network for ZImage {
@@ -93,15 +63,11 @@ impl Network for ZImage {
         self.vae.factor() * self.transformer.patch()
     }
 
-    fn autoencoder(&self) -> &Autoencoder {
+    fn autoencoder(&self) -> &dyn LatentSpace {
         &self.vae
     }
 
-    fn flow(
-        &self,
-        scheduler: &samplers::Config,
-        [_, height, width]: Shape,
-    ) -> std::result::Result<Flow, samplers::Error> {
+    fn flow(&self, scheduler: &samplers::Config, [_, height, width]: Shape) -> Result<Flow, samplers::Error> {
         let side = self.transformer.patch();
         Ok(Flow { even: true, mu: Some(latent::shift_of_size(scheduler, (height / side) * (width / side))?) })
     }
@@ -112,11 +78,12 @@ impl Network for ZImage {
         _: Size,
         guidance: f32,
         device: &Device,
-    ) -> std::result::Result<Condition, EngineError> {
-        let mut texts = vec![self.text(signal, Branch::Conditional, device)?];
+    ) -> Result<Condition, EngineError> {
+        let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
+        let mut texts = vec![text(Branch::Conditional)?];
         // The strength counts from 0 here: what the prompt adds is added once more for each.
         if guidance > 0.0 {
-            texts.push(self.text(signal, Branch::Unconditional, device)?);
+            texts.push(text(Branch::Unconditional)?);
         }
         Ok(Condition { texts, guidance })
     }
@@ -129,14 +96,10 @@ impl Network for ZImage {
     fn predict(
         &self,
         questions: &[Question<'_, Condition>],
-        [channels, height, width]: Shape,
+        shape: Shape,
         device: &Device,
-    ) -> std::result::Result<Vec<Vec<f32>>, EngineError> {
-        let latents = questions
-            .iter()
-            .map(|q| Tensor::from_slice(q.latent, (1, channels, height, width), device))
-            .collect::<Result<Vec<_>>>()?;
-        let x = Tensor::cat(&latents, 0)?;
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        let x = latent::stacked(questions, shape, device)?;
         // What samplers call 1000, all noise, is 0 to the network.
         let times: Vec<f32> = questions.iter().map(|q| (1000.0 - q.time) / 1000.0).collect();
         let times = Tensor::from_vec(times, questions.len(), device)?;
@@ -144,7 +107,7 @@ impl Network for ZImage {
         let mut answers = Vec::new();
         // The two texts of a sample need not be of one length, so they are not computed together.
         for branch in 0..branches {
-            let texts: Vec<&Text> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
+            let texts: Vec<&FilledText> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
             let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
             let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
             let answer = by_row(&[&x, &times, &states, &present], |row| {

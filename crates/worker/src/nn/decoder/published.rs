@@ -50,6 +50,10 @@ impl Config {
         if flag("attention_bias") && kind != "qwen2" {
             return Err("attention_bias = true is not known".to_owned());
         }
+        if kind == "mistral" && fields.get("sliding_window").is_some_and(|window| !window.is_null()) {
+            return Err("sliding_window in every layer is not known".to_owned());
+        }
+        layer_types(fields, gemma2)?;
         let activation = ["hidden_activation", "hidden_act"].into_iter().find_map(|field| fields.get(field)?.as_str());
         let activation = match activation {
             Some("silu") => Activation::Silu,
@@ -80,6 +84,19 @@ impl Config {
             soft_cap: if gemma2 { Some(number("attn_logit_softcapping", 50.0)?) } else { None },
             sliding_window: if gemma2 { optional("sliding_window")? } else { None },
         })
+    }
+}
+
+/// Refuses layers that see another part of the text than computed here: every one sees all of it, or (`alternate`) every second, from the first on, a window.
+fn layer_types(fields: &Map<String, Value>, alternate: bool) -> Result<(), String> {
+    let Some(Value::Array(kinds)) = fields.get("layer_types") else { return Ok(()) };
+    let wanted = |layer: usize| match alternate && layer.is_multiple_of(2) {
+        true => "sliding_attention",
+        false => "full_attention",
+    };
+    match kinds.iter().enumerate().find(|(layer, kind)| kind.as_str() != Some(wanted(*layer))) {
+        Some((layer, kind)) => Err(format!("layer_types: {kind} in layer {layer} is not known")),
+        None => Ok(()),
     }
 }
 
@@ -138,6 +155,8 @@ mod tests {
             (json!({ "hidden_act": "relu" }), "hidden_act"),
             (json!({ "hidden_size": "8" }), "hidden_size = \"8\" is no size"),
             (json!({ "vocab_size": null }), "vocab_size is missing"),
+            (json!({ "layer_types": ["full_attention", "sliding_attention"] }), "\"sliding_attention\" in layer 1"),
+            (json!({ "model_type": "mistral", "sliding_window": 8 }), "sliding_window"),
         ] {
             let error = read(&changes).unwrap_err();
             assert!(error.contains(wanted), "{error}");

@@ -1,0 +1,121 @@
+//! Sana and Sana-Sprint, from a folder of diffusers: a transformer with linear attention on the latents of an autoencoder of 32 pixels a cell, conditioned on
+//! the states of a decoder language model.
+//!
+//! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/sana`.
+
+use candle_core::{Device, Tensor};
+use efferent_proto::{
+    internal::{Branch, ControlSignal},
+    v1::Size,
+};
+use efferent_worker::{
+    engine::{EngineError, Hand},
+    nn::{attention::hide_absent, rows::by_row},
+    pipeline::Pipeline,
+};
+
+use crate::{
+    latent::{self, FilledText, Network, Question, Shape},
+    networks::{LatentSpace, dc_autoencoder::DcAutoencoder, sana::Sana as Transformer},
+};
+
+/// Texts are filled up to a multiple of so many tokens, which are hidden, so that those of about one length share a pass.
+const MULTIPLE: usize = 32;
+
+#[derive(Debug)]
+struct Sana {
+    transformer: Transformer,
+    vae: DcAutoencoder,
+}
+
+/// What a sample is conditioned on.
+#[derive(Debug)]
+struct Condition {
+    /// With the prompt, and without it if there is classifier-free guidance.
+    texts: Vec<FilledText>,
+    guidance: f32,
+}
+
+/// Loads the hand of a pipeline.
+///
+/// # Errors
+/// If a file cannot be read, is malformed, or says what is not computed here.
+pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, device, |parts| {
+        let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
+        let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
+        let vae = parts.load("vae", |weights| DcAutoencoder::new(vae, weights))?;
+        let config = transformer.config();
+        latent::check_channels("transformer", config.in_channels, config.out_channels, &vae)?;
+        Ok(Sana { transformer, vae })
+    })
+}
+
+impl Network for Sana {
+    type Condition = Condition;
+
+    fn width(&self) -> usize {
+        self.transformer.config().caption_channels
+    }
+
+    fn multiple(&self) -> usize {
+        self.vae.factor() * self.transformer.config().patch_size
+    }
+
+    fn autoencoder(&self) -> &dyn LatentSpace {
+        &self.vae
+    }
+
+    fn condition(
+        &self,
+        signal: &ControlSignal,
+        _: Size,
+        guidance: f32,
+        device: &Device,
+    ) -> Result<Condition, EngineError> {
+        let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
+        let mut texts = vec![text(Branch::Conditional)?];
+        // Sprint is told the strength instead.
+        if !self.transformer.config().guidance_embeds && latent::guided(guidance).is_some() {
+            texts.push(text(Branch::Unconditional)?);
+        }
+        Ok(Condition { texts, guidance })
+    }
+
+    fn kind(condition: &Condition) -> String {
+        let tokens: Vec<String> = condition.texts.iter().map(|text| text.present.dims()[1].to_string()).collect();
+        tokens.join("/")
+    }
+
+    fn predict(
+        &self,
+        questions: &[Question<'_, Condition>],
+        shape: Shape,
+        device: &Device,
+    ) -> Result<Vec<Vec<f32>>, EngineError> {
+        let x = latent::stacked(questions, shape, device)?;
+        let numbers = |of: fn(&Question<'_, Condition>) -> f32| {
+            Tensor::from_vec(questions.iter().map(of).collect::<Vec<_>>(), questions.len(), device)
+        };
+        let (times, guidance) = (numbers(|q| q.time)?, numbers(|q| q.condition.guidance)?);
+        let told = self.transformer.config().guidance_embeds;
+        let branches = questions.iter().map(|q| q.condition.texts.len()).min().unwrap_or(0);
+        let mut answers = Vec::new();
+        // The two texts of a sample need not be of one length, so they are not computed together.
+        for branch in 0..branches {
+            let texts: Vec<&FilledText> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
+            let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
+            let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
+            let answer = by_row(&[&x, &times, &guidance, &states, &present], |row| {
+                let bias = hide_absent(&row[4])?;
+                self.transformer.forward(&row[0], &row[1], &row[3], Some(&bias), told.then_some(&row[2]))
+            })?;
+            answers.push(answer.flatten_from(1)?.to_vec2::<f32>()?);
+        }
+        let guided = |(index, question): (usize, &Question<'_, Condition>)| {
+            let branches: Vec<Vec<f32>> = answers.iter().map(|answer| answer[index].clone()).collect();
+            latent::guide(latent::guided(question.condition.guidance).filter(|_| branches.len() > 1), &branches)
+        };
+        Ok(questions.iter().enumerate().map(guided).collect())
+    }
+}
