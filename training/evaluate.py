@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from . import checker, scenes
+from . import checker, packages, scenes
 from .scenes import Part, Scene
 from .vocabulary import (COLOR_NAMES, COLORS, HELD_OUT_OPENINGS, PLAIN, POSITION_NAMES, RELATIONS, SCENES, THINGS)
 
@@ -131,6 +131,7 @@ def read_all(images: list[np.ndarray]) -> list[checker.Reading]:
     """Readings of pictures, on every core. Fresh processes: a fork would take the threads of gRPC along."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
+    packages.emoji_folder()  # Unpacked here if it is not yet, instead of by each process.
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(checker.read, images, chunksize=8))
 
@@ -177,7 +178,6 @@ def torch_renderer(folder: Path):
     import torch
     from safetensors.torch import load_file
 
-    from . import packages
     from .language import Language
     from .network import DEFAULT, Connector, Decoder, Hand, sample, unpatch
 

@@ -1,12 +1,13 @@
 //! Brain worker: takes prompts from the queue, computes control signals, and hands them on to the hands' queue.
 //!
-//! Read in this order: [`service`] (the worker), [`batch`] (prompts to batches, cached signals), [`shared`] (what the brains of a cluster compute once), [`families`] (the language models), [`connectors`] (from their states to control signals).
+//! Read in this order: [`service`] (the worker), [`batch`] (prompts to batches, cached signals), [`shared`] (what the brains of a cluster compute once), [`families`] (brains), [`language`] (language models from folders), [`connectors`] (from their states to control signals).
 //!
 //! Deliberately absent: pixels, and everything that a hand knows.
 
 pub mod batch;
 pub mod connectors;
 pub mod families;
+pub mod language;
 pub mod service;
 pub mod shared;
 

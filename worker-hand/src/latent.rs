@@ -186,17 +186,21 @@ pub fn malformed(what: impl Into<String>) -> EngineError {
     ApiError::new(ErrorCode::InvalidField, format!("malformed control signal: {}", what.into())).field("signal").into()
 }
 
+/// What a branch conditions a picture on: the states of a text, or what a connector made of them.
+fn stream(signal: &ControlSignal, branch: Branch) -> Result<&ControlStream, EngineError> {
+    [StreamRole::Text, StreamRole::Query]
+        .into_iter()
+        .find_map(|role| signal::find(signal, role, branch))
+        .ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))
+}
+
 /// The text of a signal (1 or 2, tokens, width): with guidance, the branch without the prompt comes last.
 ///
 /// # Errors
 /// If a branch is missing, or of another width or length.
 pub fn text(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
     let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
-    let find = |branch: Branch| -> Result<Tensor, EngineError> {
-        let stream: Option<&ControlStream> = signal::find(signal, StreamRole::Text, branch);
-        let stream = stream.ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
-        Ok(signal::tensor(stream, device)?)
-    };
+    let find = |branch: Branch| Ok::<_, EngineError>(signal::tensor(stream(signal, branch)?, device)?);
     let positive = find(Branch::Conditional)?;
     if positive.dim(1)? != width {
         return Err(malformed(format!("states of {} channels, the network reads {width}", positive.dim(1)?)));
@@ -231,9 +235,7 @@ pub fn filled_text(
     multiple: usize,
     device: &Device,
 ) -> Result<FilledText, EngineError> {
-    let stream = signal::find(signal, StreamRole::Text, branch)
-        .ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))?;
-    let states = signal::tensor(stream, device)?;
+    let states = signal::tensor(stream(signal, branch)?, device)?;
     let (tokens, channels) = states.dims2()?;
     if tokens == 0 || channels != width {
         return Err(malformed(format!("{tokens} states of {channels} channels, the network reads some of {width}")));

@@ -1,8 +1,9 @@
 //! Weights from safetensors and GGUF files, as f32 tensors by name.
 //!
 //! A file may come from anywhere: lengths are checked against the file before memory is reserved, and a file that does not fit the
-//! model is refused with every difference at once. Deliberately absent: pickled formats, which can carry code.
+//! model is refused with every difference at once. Of what `torch.save` writes, only the description of tensors is understood; pickled code is never run.
 
+mod pth;
 mod stored;
 
 use std::{
@@ -16,7 +17,7 @@ use rayon::prelude::*;
 
 use crate::{memory, thread::panic_message};
 
-pub use stored::{Measure, measure};
+pub use stored::{Measure, measure, names};
 
 /// Most bytes of a weights' file.
 const MAX_FILE: u64 = 64 << 30;
@@ -98,13 +99,21 @@ impl Weights {
     /// # Errors
     /// As [`Weights::open_safetensors`], if two have a tensor of the same name, and, on CPU, if there is no room for all: told before any is read.
     pub fn open_shards(paths: &[PathBuf], device: &Device) -> Result<Self, Error> {
+        Self::open_some(paths, device, |_| true)
+    }
+
+    /// Reads the `wanted` tensors of safetensors files, which are shards of one.
+    ///
+    /// # Errors
+    /// As [`Weights::open_shards`].
+    pub fn open_some(paths: &[PathBuf], device: &Device, wanted: impl Fn(&str) -> bool + Sync) -> Result<Self, Error> {
         let mut tensors = BTreeMap::new();
         let first = paths.first().map_or(Path::new(""), |path| path);
         if device.is_cpu() {
-            check_room(first, measure(paths)?.memory(), memory::available())?;
+            check_room(first, stored::measure_some(paths, &wanted)?.memory(), memory::available())?;
         }
         for path in paths {
-            for (name, tensor) in stored::read(path, device)? {
+            for (name, tensor) in stored::read(path, device, &wanted)? {
                 if tensors.insert(name.clone(), tensor).is_some() {
                     return Err(Error::Malformed {
                         path: path.clone(),
@@ -114,6 +123,14 @@ impl Weights {
             }
         }
         Self::checked(first, device, tensors)
+    }
+
+    /// Reads the `wanted` tensors of a file that `torch.save` wrote. Of its pickled part only what describes tensors is understood; code in it is not run.
+    ///
+    /// # Errors
+    /// If the file cannot be read or is malformed, or a wanted tensor is of another type than a float, a part of another, or has values that are not finite.
+    pub fn open_pth(path: &Path, device: &Device, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
+        Self::checked(path, device, pth::read(path, device, &wanted)?)
     }
 
     /// The `wanted` tensors of a GGUF file, dequantised to f32.
@@ -274,10 +291,11 @@ impl Gguf {
     }
 }
 
-fn check_size(path: &Path) -> Result<(), Error> {
+/// A file's length, if it is not too large.
+fn check_size(path: &Path) -> Result<u64, Error> {
     let length = std::fs::metadata(path).map_err(|source| Error::Read { path: path.to_owned(), source })?.len();
     match length <= MAX_FILE {
-        true => Ok(()),
+        true => Ok(length),
         false => Err(Error::Malformed {
             path: path.to_owned(),
             what: format!("{length} bytes are over the limit of {MAX_FILE}"),

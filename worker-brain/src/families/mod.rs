@@ -1,8 +1,10 @@
 //! Brains by family. A new one is a folder and a line in [`FAMILIES`].
 
+pub mod metaquery;
 pub mod sim;
 pub mod smollm2;
 pub mod text_encoders;
+mod texts;
 
 use std::path::{Path, PathBuf};
 
@@ -28,7 +30,8 @@ pub struct Source {
 type Load = fn(&Source) -> Result<Box<dyn Brain>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
-pub const FAMILIES: [(&str, Load); 2] = [("smollm2", smollm2::load), ("text_encoders", text_encoders::load)];
+pub const FAMILIES: [(&str, Load); 3] =
+    [("metaquery", metaquery::load), ("smollm2", smollm2::load), ("text_encoders", text_encoders::load)];
 
 /// Builds the brain of a pipeline. Weights that are not in its folder are looked for in the home folder.
 pub fn factory(pipeline: &Pipeline, home: &Path, device: Device) -> Factory<dyn Brain> {

@@ -6,7 +6,7 @@
 //! Source: transformers 5.23, `models/{llama,qwen2,qwen3,gemma,gemma2}/modeling_*.py`; names of GGUF tensors: gguf 0.19,
 //! `constants.py`. Checked against them by `tests/decoder.rs`.
 
-mod published;
+pub mod published;
 
 use candle_core::{D, DType, Device, Result, Tensor};
 

@@ -72,6 +72,9 @@ pub struct BrainPart {
     pub name: String,
     /// Where its weights come from if they are not in the model folder.
     pub fetched: Option<Fetched>,
+    /// Folders in the model folder that its files are in, if it has any: parts as transformers saves them.
+    #[serde(default)]
+    pub folders: Vec<String>,
     /// What the family must know.
     pub config: serde_json::Value,
 }
@@ -110,6 +113,9 @@ pub struct Part {
     pub name: String,
     /// Safetensors file in the model folder; none if the family finds its files by itself.
     pub weights: Option<String>,
+    /// Folders in the model folder that its files are in, if it has any: parts as diffusers saves them.
+    #[serde(default)]
+    pub folders: Vec<String>,
     /// What the family must know.
     pub config: serde_json::Value,
 }
@@ -213,7 +219,8 @@ impl Pipeline {
         }
         let parts = manifest.connector.iter().chain([&manifest.hand]);
         let fetched = manifest.brain.fetched.iter().flat_map(|fetched| [&fetched.folder, &fetched.file]);
-        for file in parts.filter_map(|part| part.weights.as_ref()).chain(fetched) {
+        let folders = parts.clone().flat_map(|part| &part.folders).chain(&manifest.brain.folders);
+        for file in parts.filter_map(|part| part.weights.as_ref()).chain(fetched).chain(folders) {
             // A manifest may come from anywhere: it must not reach out of its folder.
             if file.is_empty() || file.contains(['/', '\\']) || file.starts_with('.') {
                 return Err(malformed(format!("{file:?} is not a plain file name")));
@@ -222,11 +229,16 @@ impl Pipeline {
         if manifest.offers.sizes.is_empty() || manifest.offers.samplers.is_empty() {
             return Err(malformed("offers: there must be at least one size and one sampler".to_owned()));
         }
-        let hash = |part: Option<&Part>| match part.and_then(|part| part.weights.as_ref()) {
-            Some(file) => hash_file(&folder.join(file)),
-            None => Ok(String::new()),
+        let hash = |part: Option<&Part>| match part {
+            Some(Part { weights: Some(file), .. }) => hash_file(&folder.join(file)),
+            Some(Part { folders, .. }) if !folders.is_empty() => diffusers::fingerprint_of(folder, folders),
+            _ => Ok(String::new()),
         };
-        let brain_hash = manifest.brain.fetched.as_ref().map_or(String::new(), |fetched| fetched.sha256.clone());
+        let brain_hash = match &manifest.brain {
+            BrainPart { fetched: Some(fetched), .. } => fetched.sha256.clone(),
+            BrainPart { folders, .. } if !folders.is_empty() => diffusers::fingerprint_of(folder, folders)?,
+            _ => String::new(),
+        };
         let (connector_hash, hand_hash) = (hash(manifest.connector.as_ref())?, hash(Some(&manifest.hand))?);
         Ok(Self { folder: folder.to_owned(), path, manifest, brain_hash, connector_hash, hand_hash })
     }
@@ -316,8 +328,7 @@ impl Pipeline {
                 let queries = number(&part.config, "queries")?;
                 Some(self.space(number(&part.config, "width")?, format!("queries{queries}@{layer}"), "rms"))
             }
-            Some(_) => None,
-            None => {
+            _ => {
                 let layers = hand.config.get("layers")?.as_str()?;
                 Some(self.space(number(&hand.config, "width")?, layers.to_owned(), "none"))
             }
@@ -344,11 +355,18 @@ impl Pipeline {
                 .collect();
         }
         let parts = connector.iter().map(|part| ("connector", part)).chain([("hand", hand)]);
-        let with_weights = parts.filter_map(|(role, part)| {
+        let with_weights = parts.clone().filter_map(|(role, part)| {
             let files = vec![self.folder.join(part.weights.as_ref()?)];
             Some(Ok(Stored { role, name: part.name.clone(), kind: part.family.clone(), files }))
         });
-        with_weights.collect()
+        let folders = parts.flat_map(|(role, part)| part.folders.iter().map(move |folder| (role, folder)));
+        let folders = brain.folders.iter().map(|folder| ("brain", folder)).chain(folders);
+        let of_folder = |(role, name): (&'static str, &String)| {
+            let folder = self.folder.join(name);
+            let class = diffusers::class(&folder)?;
+            Some(diffusers::weights(&folder).map(|(files, _)| Stored { role, name: name.clone(), kind: class, files }))
+        };
+        folders.filter_map(of_folder).chain(with_weights).collect()
     }
 
     /// What clients see of it.

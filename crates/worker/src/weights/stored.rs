@@ -18,6 +18,9 @@ const MAX_HEADER: u64 = 100_000_000;
 /// Bytes of a value in memory: everything is computed with in f32.
 const VALUE: u64 = 4;
 
+/// Which tensors are read, by name.
+pub(super) type Wanted<'a> = &'a (dyn Fn(&str) -> bool + Sync);
+
 /// What files of weights hold.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Measure {
@@ -43,10 +46,27 @@ impl Measure {
 /// # Errors
 /// If a file cannot be read, or is malformed.
 pub fn measure(paths: &[PathBuf]) -> Result<Measure, Error> {
+    measure_some(paths, &|_| true)
+}
+
+/// Names of the tensors in safetensors files, from their headers.
+///
+/// # Errors
+/// If a file cannot be read, or is malformed.
+pub fn names(paths: &[PathBuf]) -> Result<Vec<String>, Error> {
+    let mut names = Vec::new();
+    for path in paths {
+        names.extend(Header::read(path)?.tensors().map(|(name, _)| name));
+    }
+    Ok(names)
+}
+
+/// The same for some of the tensors.
+pub(super) fn measure_some(paths: &[PathBuf], wanted: Wanted<'_>) -> Result<Measure, Error> {
     let mut found = Measure::default();
     for path in paths {
         let header = Header::read(path)?;
-        for (_, tensor) in header.tensors() {
+        for (_, tensor) in header.tensors().filter(|(name, _)| wanted(name)) {
             found.tensors += 1;
             found.parameters += tensor.shape.iter().product::<usize>() as u64;
             found.bytes += (tensor.data_offsets.1 - tensor.data_offsets.0) as u64;
@@ -97,11 +117,11 @@ impl Header {
     }
 }
 
-/// Every tensor of a file as f32.
-pub(super) fn read(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>, Error> {
+/// The wanted tensors of a file as f32.
+pub(super) fn read(path: &Path, device: &Device, wanted: Wanted<'_>) -> Result<BTreeMap<String, Tensor>, Error> {
     let header = Header::read(path)?;
     let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
-    let tensors: Vec<_> = header.tensors().collect();
+    let tensors: Vec<_> = header.tensors().filter(|(name, _)| wanted(name)).collect();
     let one = |(name, info): (String, safetensors::tensor::TensorInfo)| {
         let (begin, end) = info.data_offsets;
         let bytes = part(path, header.start + begin as u64, end - begin)

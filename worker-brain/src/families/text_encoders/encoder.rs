@@ -8,7 +8,7 @@ use efferent_worker::{
     engine::EngineError,
     nn::{
         clip::{self, Clip},
-        decoder::{self, Decoder, Naming},
+        decoder::Decoder,
         t5::{self, T5},
     },
     pipeline::{diffusers, read_json},
@@ -17,6 +17,7 @@ use efferent_worker::{
 use serde::Deserialize;
 
 use super::{super::unloadable, tokenizer::Tokenizer};
+use crate::language;
 
 /// An encoder of `brain.config`.
 #[derive(Debug, Clone, Deserialize)]
@@ -139,14 +140,7 @@ impl Network {
             let (files, _) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
             Weights::open_shards(&files, device).map_err(|e| unloadable(e.into()))
         };
-        // Before the weights are read, which takes a while.
-        let check = |known: usize| {
-            if largest < known {
-                return Ok(());
-            }
-            let message = format!("{} knows {known} tokens, its tokenizer counts up to {largest}", config.folder);
-            Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config.encoders"))
-        };
+        let check = |known: usize| language::check_vocabulary(&config.folder, known, largest);
         let (network, weights) = match config.kind {
             Kind::Clip => {
                 let clip: clip::Config = read_json(&path).map_err(|e| unloadable(e.into()))?;
@@ -167,20 +161,7 @@ impl Network {
                 let mut weights = open()?;
                 (T5::new(t5, &mut weights).map(Self::T5), weights)
             }
-            Kind::Decoder => {
-                let fields = read_json(&path).map_err(|e| unloadable(e.into()))?;
-                let decoder = decoder::Config::published(&fields).map_err(|e| unloadable(e.into()))?;
-                let (vocabulary, width) = (decoder.vocabulary, decoder.width);
-                check(vocabulary)?;
-                let mut weights = open()?;
-                if weights.contains("embed_tokens.weight") {
-                    // Saved without the head that predicts tokens, the model has no name of its own.
-                    weights.rename(|name| format!("model.{name}"));
-                } else if weights.contains("lm_head.weight") {
-                    weights.get("lm_head.weight", &[vocabulary, width]);
-                }
-                (Decoder::new(decoder, Naming::Transformers, &mut weights).map(Self::Decoder), weights)
-            }
+            Kind::Decoder => return language::load(folder, largest, device).map(Self::Decoder),
         };
         let network = network.map_err(|e| unloadable(e.into()))?;
         weights.finish().map_err(|e| unloadable(e.into()))?;

@@ -6,8 +6,6 @@
 pub mod encoder;
 pub mod tokenizer;
 
-use std::collections::HashMap;
-
 use candle_core::{Device, Tensor};
 use efferent_proto::{
     ApiError,
@@ -19,14 +17,12 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
-    nn::rows::on_pool,
     signal,
 };
-use rayon::prelude::*;
 use serde::Deserialize;
 
 use self::encoder::{Encoder, Layer, Use};
-use super::{Source, unloadable};
+use super::{Source, texts::Encoded, unloadable};
 
 /// Texts of a batch.
 const MAX_TEXTS: usize = 16;
@@ -76,7 +72,7 @@ struct TextEncoders {
     config: Config,
     encoders: Vec<Encoder>,
     /// An empty negative prompt is by far the most frequent text.
-    empty: Option<Encoded>,
+    empty: Option<Meaning>,
 }
 
 /// A text, and what it is.
@@ -87,7 +83,7 @@ const EMPTY: Text<'static> = ("", Use::Negative);
 
 /// What a text comes to.
 #[derive(Debug, Clone)]
-struct Encoded {
+struct Meaning {
     /// (tokens, width)
     text: Tensor,
     pooled: Vec<f32>,
@@ -138,7 +134,7 @@ impl TextEncoders {
         self.encoders.iter().map(|encoder| encoder.ids(text, use_)).collect()
     }
 
-    fn encode(&self, text: Text<'_>) -> Result<Encoded, EngineError> {
+    fn encode(&self, text: Text<'_>) -> Result<Meaning, EngineError> {
         let ids = self.ids(text)?;
         let read: Vec<encoder::States> = self
             .encoders
@@ -158,11 +154,11 @@ impl TextEncoders {
         for encoder in &self.config.pooled {
             pooled.extend(read[*encoder].pooled()?);
         }
-        Ok(Encoded { text: joined(&groups)?.to_device(&Device::Cpu)?, pooled })
+        Ok(Meaning { text: joined(&groups)?.to_device(&Device::Cpu)?, pooled })
     }
 
-    fn signal(&self, positive: &Encoded, negative: Option<&Encoded>) -> Result<ControlSignal, EngineError> {
-        let stream = |branch, encoded: &Encoded| -> candle_core::Result<ControlStream> {
+    fn signal(&self, positive: &Meaning, negative: Option<&Meaning>) -> Result<ControlSignal, EngineError> {
+        let stream = |branch, encoded: &Meaning| -> candle_core::Result<ControlStream> {
             signal::stream(StreamRole::Text, branch, &encoded.text)
         };
         let mut streams = vec![stream(Branch::Conditional, positive)?];
@@ -207,17 +203,6 @@ impl TextEncoders {
     }
 }
 
-fn look<'a>(
-    found: &'a HashMap<Text<'a>, Result<Encoded, EngineError>>,
-    text: Text<'a>,
-) -> Result<&'a Encoded, EngineError> {
-    match found.get(&text) {
-        Some(Ok(encoded)) => Ok(encoded),
-        Some(Err(error)) => Err(EngineError::compute("a text cannot be encoded", error.to_string())),
-        None => Err(EngineError::Crashed("a text was left out of its batch".to_owned())),
-    }
-}
-
 /// Groups of tokens, one after the other; channels that one lacks are zeros.
 fn joined(groups: &[Tensor]) -> candle_core::Result<Tensor> {
     let width = groups.iter().map(|group| group.dim(1)).collect::<candle_core::Result<Vec<_>>>()?;
@@ -256,18 +241,17 @@ impl Brain for TextEncoders {
                 }
             }
         }
-        // Each text on a thread of its own: what one comes to does not depend on the others.
-        let encoded: Vec<Result<Encoded, EngineError>> =
-            on_pool(|| texts.par_iter().map(|text| self.encode(*text)).collect());
-        let mut found: HashMap<Text<'_>, Result<Encoded, EngineError>> = texts.into_iter().zip(encoded).collect();
-        match (&self.empty, found.get(&EMPTY)) {
-            (Some(empty), _) => drop(found.insert(EMPTY, Ok(empty.clone()))),
-            (None, Some(Ok(empty))) => self.empty = Some(empty.clone()),
-            (None, _) => {}
+        let found = Encoded::new(texts, |text| self.encode(*text));
+        if self.empty.is_none() {
+            self.empty = found.get(&EMPTY).ok().cloned();
         }
+        let look = |text: Text<'_>| match &self.empty {
+            Some(empty) if text == EMPTY => Ok(empty.clone()),
+            _ => found.get(&text).cloned(),
+        };
         let signal = |request: &EmbedRequest| {
-            let negative = self.negative(request).map(|text| look(&found, text)).transpose()?;
-            self.signal(look(&found, (&*request.prompt, use_))?, negative)
+            let negative = self.negative(request).map(look).transpose()?;
+            self.signal(&look((&*request.prompt, use_))?, negative.as_ref())
         };
         batch.iter().zip(checked).map(|(request, checked)| checked.and_then(|()| signal(request))).collect()
     }

@@ -1,4 +1,5 @@
-//! A decoder's configuration as transformers saves it (`config.json`): Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2.
+//! A decoder's configuration as transformers saves it (`config.json`): Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, and those that are the language half of a
+//! model that also sees (LLaVA-OneVision, Qwen2.5-VL, InternVL3).
 
 use serde_json::{Map, Value};
 
@@ -15,21 +16,41 @@ const NEUTRAL: [(&str, &[&str]); 7] = [
     ("add_cross_attention", &["false"]),
 ];
 
+/// Where models that also see keep the configuration of their language half.
+const HALVES: [&str; 2] = ["text_config", "llm_config"];
+/// What such models put before the names of its tensors, longest first; a plain model has the last.
+const PREFIXES: [&str; 5] = ["model.language_model.", "language_model.model.", "language_model.", "model.", ""];
+/// The first tensor of a decoder.
+const FIRST: &str = "embed_tokens.weight";
+
+/// What stands before the names of the decoder's tensors in a file that has these.
+pub fn prefix<'a>(names: impl Iterator<Item = &'a str> + Clone) -> Option<&'static str> {
+    PREFIXES.into_iter().find(|prefix| names.clone().any(|name| name.strip_prefix(prefix) == Some(FIRST)))
+}
+
 impl Config {
     /// Reads what transformers saved.
     ///
     /// # Errors
     /// Names the field that is missing, malformed, or asks for what is not computed here.
     pub fn published(fields: &Map<String, Value>) -> Result<Self, String> {
+        if let Some(half) = HALVES.into_iter().find_map(|half| fields.get(half)?.as_object()) {
+            return Self::published(half);
+        }
         for (field, allowed) in NEUTRAL {
             if let Some(value) = fields.get(field)
                 && !value.is_null()
+                && !(field == "rope_scaling" && is_plain_rope(value))
                 && !allowed.contains(&&*value.to_string())
             {
                 return Err(format!("{field} = {value} is not known"));
             }
         }
-        let kind = fields.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        let kind = match fields.get("model_type").and_then(Value::as_str).unwrap_or_default() {
+            // Without pictures its three-fold positions are all the same one, and rotate as Qwen2's do.
+            "qwen2_5_vl_text" => "qwen2",
+            kind => kind,
+        };
         let (gemma, gemma2) = (matches!(kind, "gemma" | "gemma2"), kind == "gemma2");
         if !gemma && !matches!(kind, "llama" | "mistral" | "qwen2" | "qwen3") {
             return Err(format!("model_type {kind:?}; known are gemma, gemma2, llama, mistral, qwen2, qwen3"));
@@ -85,6 +106,13 @@ impl Config {
             sliding_window: if gemma2 { optional("sliding_window")? } else { None },
         })
     }
+}
+
+/// A `rope_scaling` that scales nothing: Qwen2.5-VL's only divides channels among positions that are the same for text.
+fn is_plain_rope(value: &Value) -> bool {
+    let kinds = ["type", "rope_type"].into_iter().filter_map(|field| value.get(field)?.as_str());
+    let mut kinds = kinds.peekable();
+    kinds.peek().is_some() && kinds.all(|kind| matches!(kind, "default" | "mrope"))
 }
 
 /// Refuses layers that see another part of the text than computed here: every one sees all of it, or (`alternate`) every second, from the first on, a window.
@@ -143,6 +171,28 @@ mod tests {
         let gemma = json!({ "model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 4, "sliding_window": 3 });
         let gemma = read(&gemma).unwrap();
         assert_eq!((gemma.logit_width, gemma.soft_cap, gemma.sliding_window), (Some(4), Some(50.0), Some(3)));
+    }
+
+    #[test]
+    fn the_language_half_of_a_model_that_sees() {
+        let half = read(
+            &json!({ "model_type": "qwen2_5_vl_text", "rope_scaling": { "type": "mrope", "mrope_section": [1, 1, 1] } }),
+        );
+        assert!(half.unwrap().projection_bias);
+        let whole = json!({ "model_type": "internvl_chat", "llm_config": { "model_type": "qwen2" } });
+        assert_eq!(Config::published(whole.as_object().unwrap()).unwrap_err(), "hidden_act = None is not known");
+        for (names, wanted) in [
+            (vec!["embed_tokens.weight", "norm.weight"], Some("")),
+            (vec!["lm_head.weight", "model.embed_tokens.weight"], Some("model.")),
+            (
+                vec!["visual.blocks.0.norm1.weight", "model.language_model.embed_tokens.weight"],
+                Some("model.language_model."),
+            ),
+            (vec!["language_model.model.embed_tokens.weight"], Some("language_model.model.")),
+            (vec!["norm.weight"], None),
+        ] {
+            assert_eq!(prefix(names.iter().copied()), wanted);
+        }
     }
 
     #[test]

@@ -126,10 +126,17 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
             family: described.brain.to_owned(),
             name: model.clone(),
             fetched: None,
+            folders: Vec::new(),
             config: described.brain_config,
         },
         connector: None,
-        hand: Part { family: described.hand.to_owned(), name: model, weights: None, config: described.hand_config },
+        hand: Part {
+            family: described.hand.to_owned(),
+            name: model,
+            weights: None,
+            folders: Vec::new(),
+            config: described.hand_config,
+        },
         offers,
     };
     let hash = fingerprint(&folder)?;
@@ -144,6 +151,13 @@ pub fn parts(path: &Path) -> Result<Vec<(String, String)>, Error> {
     let folder = Folder { path, index: read_json(&path.join(INDEX))? };
     let used = |name: &str| !UNUSED.contains(&name) && path.join(name).join("config.json").is_file();
     Ok(folder.parts().filter(|(name, _)| used(name)).map(|(name, class)| (name.to_owned(), class.to_owned())).collect())
+}
+
+/// The class of a part's folder, from its configuration; none of a folder without one, such as a tokenizer's.
+pub(super) fn class(part: &Path) -> Option<String> {
+    let config: Map<String, Value> = read_json(&part.join("config.json")).ok()?;
+    let class = config.get("_class_name").or_else(|| config.get("architectures")?.get(0))?;
+    class.as_str().map(str::to_owned)
 }
 
 /// A name from the folder's: its own, or that of the repository it is a snapshot of in a download cache.
@@ -207,9 +221,19 @@ const BLOCK: u64 = 4096;
 /// Tells one folder from another that gives other pictures, in a fraction of the time that reading all weights takes: configurations and vocabularies whole,
 /// weights by samples.
 fn fingerprint(folder: &Folder<'_>) -> Result<String, Error> {
-    let mut files = vec![folder.path.join(INDEX)];
-    for (part, _) in folder.parts().filter(|(part, _)| !UNUSED.contains(part)) {
-        let part = folder.path.join(part);
+    let parts: Vec<String> =
+        folder.parts().map(|(part, _)| part.to_owned()).filter(|part| !UNUSED.contains(&&**part)).collect();
+    fingerprint_of_files(folder.path, vec![folder.path.join(INDEX)], &parts)
+}
+
+/// The same for some folders of a model folder.
+pub(super) fn fingerprint_of(path: &Path, parts: &[String]) -> Result<String, Error> {
+    fingerprint_of_files(path, Vec::new(), parts)
+}
+
+fn fingerprint_of_files(root: &Path, mut files: Vec<PathBuf>, parts: &[String]) -> Result<String, Error> {
+    for part in parts {
+        let part = root.join(part);
         let read = |source| Error::Read { path: part.clone(), source };
         for entry in std::fs::read_dir(&part).map_err(read)? {
             let path = entry.map_err(read)?.path();
@@ -228,7 +252,7 @@ fn fingerprint(folder: &Folder<'_>) -> Result<String, Error> {
         let read = |source| Error::Read { path: path.clone(), source };
         let mut file = File::open(&path).map_err(read)?;
         let length = file.metadata().map_err(read)?.len();
-        let name = path.strip_prefix(folder.path).unwrap_or(&path).to_string_lossy().into_owned();
+        let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
         hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes()).update(&length.to_le_bytes());
         if length <= WHOLE {
             std::io::copy(&mut file, &mut hasher).map_err(read)?;

@@ -1,0 +1,58 @@
+//! A decoder language model from a folder as transformers saves it, alone or as the language half of a model that also sees.
+
+use std::path::Path;
+
+use candle_core::Device;
+use efferent_proto::{ApiError, v1::ErrorCode};
+use efferent_worker::{
+    engine::EngineError,
+    nn::decoder::{Config, Decoder, Naming, published},
+    pipeline::{diffusers, read_json},
+    weights::{self, Weights},
+};
+
+use crate::families::unloadable;
+
+/// Loads the model of a folder. `largest`: its tokenizer's largest id.
+///
+/// # Errors
+/// If a file cannot be read, is malformed, or is not of a decoder that is known.
+pub fn load(folder: &Path, largest: usize, device: &Device) -> Result<Decoder, EngineError> {
+    let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+    let unloadable = unloadable(&name);
+    let fields = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
+    let config = Config::published(&fields).map_err(|e| unloadable(e.into()))?;
+    check_vocabulary(&name, config.vocabulary, largest)?;
+    let (files, _) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
+    let names = weights::names(&files).map_err(|e| unloadable(e.into()))?;
+    // Without any embeddings, what is missing is told below, by the usual names.
+    let prefix = published::prefix(names.iter().map(String::as_str)).unwrap_or("model.");
+    let alone = prefix == "model." || prefix.is_empty();
+    // What predicts tokens is not read, nor is what sees.
+    let wanted =
+        |tensor: &str| tensor.starts_with(prefix) && tensor != "lm_head.weight" && !is_of_another(tensor, alone);
+    let mut tensors = Weights::open_some(&files, device, wanted).map_err(|e| unloadable(e.into()))?;
+    tensors.rename(|tensor| format!("model.{}", tensor.strip_prefix(prefix).unwrap_or(tensor)));
+    let decoder = Decoder::new(config, Naming::Transformers, &mut tensors).map_err(|e| unloadable(e.into()))?;
+    tensors.finish().map_err(|e| unloadable(e.into()))?;
+    Ok(decoder)
+}
+
+/// Whether a tensor under the decoder's prefix belongs to what sees.
+fn is_of_another(tensor: &str, alone: bool) -> bool {
+    let parts = ["visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline"];
+    let rest = tensor.strip_prefix("model.").unwrap_or(tensor);
+    (alone && parts.iter().any(|part| rest.starts_with(part))) || tensor.ends_with("lm_head.weight")
+}
+
+/// Refuses a tokenizer that counts further than a model knows. Told before weights are read, which takes a while.
+///
+/// # Errors
+/// If so.
+pub fn check_vocabulary(name: &str, known: usize, largest: usize) -> Result<(), EngineError> {
+    if largest < known {
+        return Ok(());
+    }
+    let message = format!("{name} knows {known} tokens, its tokenizer counts up to {largest}");
+    Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config").into())
+}
