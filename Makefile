@@ -1,7 +1,7 @@
 # `make test` passes the tests on a machine with Rust, Python and a network: it installs what it needs into target/tools.
 export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 
-.PHONY: demo test lint tools eval bench faults
+.PHONY: demo test lint check-cuda tools eval bench bench-networks faults
 
 PROMPT ?= a red apple to the left of a blue fish
 OUT ?= demo.png
@@ -23,6 +23,10 @@ lint: tools
 	cargo clippy --workspace --all-targets -- -D warnings
 	cargo clippy -p efferent-cli --no-default-features --all-targets -- -D warnings
 	cargo deny check bans licenses sources
+
+# Checks the types of what is compiled for CUDA, on a machine without it: a stand-in takes the compiler's place. Nothing is linked, nothing runs.
+check-cuda:
+	NVCC=$(CURDIR)/tests/cuda/nvcc CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=13040 cargo check -p efferent-cli --features cuda --target-dir target/check-cuda
 
 # Kills and pauses everything while thousands of jobs are worked off; about a quarter of an hour. EFFERENT_FAULT_SEED=NUMBER has a run again.
 faults: tools
@@ -60,3 +64,8 @@ bench: tools $(VENV)
 	target/release/efferent models fetch
 	cargo bench -p efferent-tests --bench overhead
 	$(VENV)/bin/python tests/peers/pipeline.py
+
+# Networks of real dimensions with random weights, ours beside PyTorch's. VENV needs torch, diffusers and transformers, as tests/checkpoints does.
+bench-networks:
+	cargo build --release -p efferent-hand --example network_speed
+	$(VENV)/bin/python tests/peers/networks.py

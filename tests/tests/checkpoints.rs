@@ -73,10 +73,20 @@ fn folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints").join(name)
 }
 
+/// Where models compute: on the CPU, or what `EFFERENT_TEST_DEVICE` says (`cuda:0`, `metal:0`), of a build with that feature.
+fn device() -> Device {
+    let Ok(name) = std::env::var("EFFERENT_TEST_DEVICE") else { return Device::Cpu };
+    match name.split_once(':').map(|(kind, number)| (kind, number.parse())) {
+        Some(("cuda", Ok(number))) => Device::new_cuda(number).unwrap(),
+        Some(("metal", Ok(number))) => Device::new_metal(number).unwrap(),
+        _ => panic!("EFFERENT_TEST_DEVICE is {name:?}; cuda:0 and metal:0 are such devices"),
+    }
+}
+
 fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
     let pipeline = Pipeline::open(&folder(name)).unwrap();
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), Device::Cpu)().unwrap();
-    let hand = hands::factory(&pipeline, Device::Cpu)().unwrap();
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), device())().unwrap();
+    let hand = hands::factory(&pipeline, device())().unwrap();
     (pipeline, brain, hand)
 }
 
@@ -169,7 +179,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
     let configs = pipeline.brain().config["encoders"].as_array().cloned().unwrap_or_default();
     for (number, config) in configs.iter().enumerate() {
         let config = serde_json::from_value(config.clone()).unwrap();
-        let encoder = Encoder::load(pipeline.folder(), &config, &Device::Cpu).unwrap();
+        let encoder = Encoder::load(pipeline.folder(), &config, &device()).unwrap();
         for (i, prompt) in texts() {
             let ids: Vec<f32> = encoder.ids(prompt, Use::Prompt).unwrap().into_iter().map(|id| id as f32).collect();
             assert_eq!(ids, golden.values(&format!("{i}.ids.{number}")), "{name}: ids of {prompt:?}");
@@ -512,8 +522,8 @@ async fn a_request_goes_through_brain_and_hand() {
         let golden = Golden::open(name);
         let cluster = Cluster::new().await;
         let coordinator = cluster.coordinator().await;
-        let _brain = cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), Device::Cpu)).await;
-        let _hand = cluster.hand(hands::factory(&pipeline, Device::Cpu)).await;
+        let _brain = cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), device())).await;
+        let _hand = cluster.hand(hands::factory(&pipeline, device())).await;
         cluster.settled().await;
         let mut client = coordinator.client().await;
         let mut asked = asked(name, &golden);

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use efferent_worker::pipeline::{self, MANIFEST, diffusers::INDEX};
 
+use super::hub;
 use crate::exit::{Exit, Failure};
 
 /// The model that ships.
@@ -28,7 +29,7 @@ pub(crate) fn shelves(configured: &str) -> Vec<PathBuf> {
     shelves
 }
 
-/// The folder of a model: a path, or a name on the shelves.
+/// The folder of a model: a path, a name on the shelves, or a model of the hub that was downloaded.
 ///
 /// # Errors
 /// If there is none; says where it was looked for.
@@ -41,6 +42,19 @@ pub(crate) fn find(model: &str, shelves: &[PathBuf]) -> Result<PathBuf, Failure>
     };
     if let Some(found) = places.iter().find(|place| pipeline::is_model(place)) {
         return Ok(found.clone());
+    }
+    if let (Some(id), Some(cache)) = (hub::Id::read(model), hub::cache()) {
+        if let Some(found) = id.find(&cache) {
+            return Ok(found);
+        }
+        if !places.iter().any(|place| place.exists()) {
+            let cache = cache.display();
+            let command = model.replacen('@', " --revision ", 1);
+            let message = format!(
+                "{model} is neither a folder nor in the download cache {cache}; `hf download {command}` fetches it"
+            );
+            return Err(Failure::words(Exit::Config, message));
+        }
     }
     let looked: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
     let message = format!("no model folder {model:?} (with a {MANIFEST} or {INDEX}); looked at {}", looked.join(", "));
@@ -81,5 +95,7 @@ mod tests {
         assert_eq!(find(folder.to_str().unwrap(), &[]).unwrap(), folder);
         assert_eq!(all(&shelves), [folder]);
         assert!(find("/nowhere/mine", &shelves).is_err());
+        let Err(Failure::Told { error, .. }) = find("nobody/nothing@v1", &shelves) else { panic!("it is not there") };
+        assert!(error.to_string().contains("`hf download nobody/nothing --revision v1` fetches it"), "{error}");
     }
 }

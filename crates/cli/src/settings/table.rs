@@ -138,7 +138,7 @@ const CLIENT: &[Setting] = &[
         "model",
         "model",
         "NAME",
-        "Model: a name, or (without --server) a model folder. If none is given, a server picks the only model it serves; without a \
+        "Model: a name, or (without --server) a model folder, or OWNER/NAME[@REVISION] of the hub if `hf download` has it. If none is given, a server picks the only model it serves; without a \
          server it is pictogram. `sim` stands for simulated engines, which draw no pictures worth seeing",
     ),
 ];
