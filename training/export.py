@@ -53,11 +53,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=packages.home() / "training", help="where `python -m training.run` wrote its checkpoints")
     parser.add_argument("--out", type=Path, default=Path("models/pictogram"), help="the model folder to write")
+    parser.add_argument("--plain", action="store_true", help="the connector as it was before it learnt more words")
     options = parser.parse_args()
     state = torch.load(options.folder / "pipeline.pt", weights_only=False)
     decoder = torch.load(options.folder / "autoencoder.pt")["decoder"]
-    connector = torch.load(options.folder / "connector.pt")["connector"]
     part = lambda name: {k.removeprefix(name + "."): v for k, v in state["average"].items() if k.startswith(name + ".")}
+    connector = part("conn") if options.plain else torch.load(options.folder / "connector.pt")["connector"]
     export(state["config"], connector, part("hand"), decoder, state["mean"], state["std"], options.out)
     print(options.out)
 

@@ -10,5 +10,6 @@ pub mod families;
 pub mod language;
 pub mod service;
 pub mod shared;
+mod texts;
 
 pub use service::{Error, Options, run};

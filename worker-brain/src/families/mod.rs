@@ -4,7 +4,6 @@ pub mod metaquery;
 pub mod sim;
 pub mod smollm2;
 pub mod text_encoders;
-mod texts;
 
 use std::path::{Path, PathBuf};
 

@@ -19,10 +19,11 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
-use super::{Source, text_encoders::tokenizer::Tokenizer, texts::Encoded, unloadable};
+use super::{Source, text_encoders::tokenizer::Tokenizer, unloadable};
 use crate::{
     connectors::{metaquery, openuni},
     language,
+    texts::Encoded,
 };
 
 /// Texts of a batch.

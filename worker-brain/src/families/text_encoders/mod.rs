@@ -22,7 +22,8 @@ use efferent_worker::{
 use serde::Deserialize;
 
 use self::encoder::{Encoder, Layer, Use};
-use super::{Source, texts::Encoded, unloadable};
+use super::{Source, unloadable};
+use crate::texts::Encoded;
 
 /// Texts of a batch.
 const MAX_TEXTS: usize = 16;

@@ -7,11 +7,11 @@ use rayon::prelude::*;
 
 /// Texts of a batch, and what became of each.
 #[derive(Debug)]
-pub(super) struct Encoded<K, E>(HashMap<K, Result<E, EngineError>>);
+pub(crate) struct Encoded<K, E>(HashMap<K, Result<E, EngineError>>);
 
 impl<K: Eq + Hash + Sync + Send, E: Send> Encoded<K, E> {
     /// Encodes each text once, each on a thread of its own: what one comes to does not depend on the others.
-    pub(super) fn new(texts: Vec<K>, encode: impl Fn(&K) -> Result<E, EngineError> + Sync + Send) -> Self {
+    pub(crate) fn new(texts: Vec<K>, encode: impl Fn(&K) -> Result<E, EngineError> + Sync + Send) -> Self {
         let encoded: Vec<_> = on_pool(|| texts.par_iter().map(encode).collect());
         Self(texts.into_iter().zip(encoded).collect())
     }
@@ -20,7 +20,7 @@ impl<K: Eq + Hash + Sync + Send, E: Send> Encoded<K, E> {
     ///
     /// # Errors
     /// If it could not be encoded, or was not asked for.
-    pub(super) fn get(&self, text: &K) -> Result<&E, EngineError> {
+    pub(crate) fn get(&self, text: &K) -> Result<&E, EngineError> {
         match self.0.get(text) {
             Some(Ok(encoded)) => Ok(encoded),
             Some(Err(error)) => Err(EngineError::compute("a text cannot be encoded", error.to_string())),
