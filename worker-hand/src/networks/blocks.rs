@@ -109,6 +109,22 @@ pub(super) fn modulated_layer_norm(x: &Tensor, scale: &Tensor, shift: &Tensor, e
     ops::modulated_norm(&x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?, scale, shift, eps)
 }
 
+/// (batch, channels, height, width) -> (batch, patches, channels side side): the values of each patch, by channel, row and column
+pub(super) fn to_patches(x: &Tensor, side: usize) -> Result<Tensor> {
+    let (batch, channels, height, width) = x.dims4()?;
+    let (rows, columns) = (height / side, width / side);
+    let cells = x.reshape(&[batch, channels, rows, side, columns, side][..])?.permute(&[0, 2, 4, 1, 3, 5][..])?;
+    cells.contiguous()?.reshape((batch, rows * columns, channels * side * side))
+}
+
+/// (batch, patches, side side channels), values by row, column and channel -> (batch, channels, rows side, columns side)
+pub(super) fn from_patches(x: &Tensor, (rows, columns): (usize, usize), side: usize) -> Result<Tensor> {
+    let (batch, _, values) = x.dims3()?;
+    let channels = values / (side * side).max(1);
+    let cells = x.reshape(&[batch, rows, columns, side, side, channels][..])?.permute(&[0, 5, 1, 3, 2, 4][..])?;
+    cells.contiguous()?.reshape((batch, channels, rows * side, columns * side))
+}
+
 /// values: (count) -> (count, width): sines and cosines at width / 2 frequencies between 1 and 1 / 10,000.
 pub(super) fn sinusoid(values: &Tensor, width: usize, cosines_first: bool, shift: f64) -> Result<Tensor> {
     let half = width / 2;

@@ -17,7 +17,7 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
-use super::blocks::{GatedConvolution, modulated_layer_norm, sinusoid};
+use super::blocks::{GatedConvolution, from_patches, modulated_layer_norm, sinusoid, to_patches};
 
 /// What `config.json` says. Other fields are refused by [`Sana::new`].
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -263,13 +263,10 @@ impl Sana {
         bias: Option<&Tensor>,
         guidance: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Config { patch_size: side, out_channels, timestep_scale, guidance_embeds_scale, norm_eps, .. } =
-            self.config;
-        let (batch, channels, height, width) = x.dims4()?;
+        let Config { patch_size: side, timestep_scale, guidance_embeds_scale, norm_eps, .. } = self.config;
+        let (batch, _, height, width) = x.dims4()?;
         let (rows, columns) = (height / side, width / side);
-        let cells = x.reshape(&[batch, channels, rows, side, columns, side][..])?.permute(&[0, 2, 4, 1, 3, 5][..])?;
-        let cells = cells.contiguous()?.reshape((batch, rows * columns, channels * side * side))?;
-        let mut image = self.patches.forward(&cells)?;
+        let mut image = self.patches.forward(&to_patches(x, side)?)?;
         if let Some(scale) = self.config.interpolation_scale {
             let base = self.config.sample_size / side;
             image = image.broadcast_add(&places((rows, columns), base, scale, image.dim(2)?, x.device())?)?;
@@ -294,8 +291,7 @@ impl Sana {
         }
         let parts = parts(&embedded.unsqueeze(1)?.broadcast_add(&self.output_table)?)?;
         let image = self.output.forward(&modulated_layer_norm(&image, &parts[1], &parts[0], LAST_EPS)?)?;
-        let cells = image.reshape(&[batch, rows, columns, side, side, out_channels][..])?;
-        cells.permute(&[0, 5, 1, 3, 2, 4][..])?.contiguous()?.reshape((batch, out_channels, height, width))
+        from_patches(&image, (rows, columns), side)
     }
 }
 

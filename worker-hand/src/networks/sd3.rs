@@ -16,6 +16,7 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
+use super::blocks::{from_patches, to_patches};
 use super::joint::{Embedder, Heads, Rest, Side, Sizes, modulation, normed};
 
 /// What `config.json` says. Other fields are refused by [`Sd3::new`].
@@ -198,17 +199,15 @@ impl Sd3 {
         pooled: &Tensor,
         bias: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let Config { patch_size: side, pos_embed_max_size: most, out_channels, .. } = self.config;
-        let (batch, channels, height, width) = x.dims4()?;
+        let Config { patch_size: side, pos_embed_max_size: most, .. } = self.config;
+        let (_, _, height, width) = x.dims4()?;
         let (rows, columns) = (height / side, width / side);
         if rows > most || columns > most || rows * columns == 0 {
             candle_core::bail!("{rows} x {columns} patches; this denoiser knows 1 to {most} along each side");
         }
         let places = self.places.narrow(0, (most - rows) / 2, rows)?.narrow(1, (most - columns) / 2, columns)?;
         let places = places.reshape((1, rows * columns, ()))?;
-        let cells = x.reshape(&[batch, channels, rows, side, columns, side][..])?.permute(&[0, 2, 4, 1, 3, 5][..])?;
-        let cells = cells.contiguous()?.reshape((batch, rows * columns, channels * side * side))?;
-        let mut image = self.patches.forward(&cells)?.broadcast_add(&places)?;
+        let mut image = self.patches.forward(&to_patches(x, side)?)?.broadcast_add(&places)?;
         let mut text = self.context.forward(states)?;
         let condition = self.embedder.forward(time, pooled, None)?;
         let logits = Logits::of_width(self.config.attention_head_dim);
@@ -217,7 +216,6 @@ impl Sd3 {
         }
         let parts = modulation(&self.output_modulation, &condition, 2)?;
         let image = self.output.forward(&normed(&image, &parts[0], &parts[1])?)?;
-        let cells = image.reshape(&[batch, rows, columns, side, side, out_channels][..])?;
-        cells.permute(&[0, 5, 1, 3, 2, 4][..])?.contiguous()?.reshape((batch, out_channels, height, width))
+        from_patches(&image, (rows, columns), side)
     }
 }

@@ -3,9 +3,10 @@
 //! candle's own CPU convolution takes 3 times as long on maps of 64 x 64 and more. Channels last means that a row of the
 //! im2col matrix is nine copies of contiguous channels, and that norms over channels read contiguous memory.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use super::ops::is_ours;
 use crate::weights::Weights;
 
 /// Which pixels a 3 x 3 convolution is computed at.
@@ -38,6 +39,9 @@ impl Sampling {
         }
     }
 }
+
+/// Values of a matrix that is multiplied at once: 16 MB.
+const BAND: usize = 4 << 20;
 
 /// A 3 x 3 convolution.
 #[derive(Debug, Clone)]
@@ -97,15 +101,30 @@ impl Conv3x3 {
     /// # Errors
     /// If the channels do not agree.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (b, h, w, _) = x.dims4()?;
-        let rows = im2col(x, self.sampling)?; // (b h w, 9 in)
-        let (h, w) = (self.sampling.size(h), self.sampling.size(w));
-        let y = rows.matmul(&self.weight)?;
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
+        let (b, h, w, c) = x.dims4()?;
+        let (height, width, outputs) = (self.sampling.size(h), self.sampling.size(w), self.weight.dim(1)?);
+        let product = |rows: Tensor| {
+            let y = rows.matmul(&self.weight)?;
+            match &self.bias {
+                Some(bias) => y.broadcast_add(bias),
+                None => Ok(y),
+            }
         };
-        y.reshape((b, h, w, self.weight.dim(1)?))
+        let band = (BAND / (width * 9 * c).max(1)).max(1);
+        if !is_ours(x) || b * height <= band {
+            return product(im2col(x, self.sampling)?)?.reshape((b, height, width, outputs));
+        }
+        // Band by band, so that the matrix is never larger than a cache.
+        let x = x.contiguous()?;
+        let mut parts = Vec::with_capacity(b * height.div_ceil(band));
+        for image in 0..b {
+            let x = x.narrow(0, image, 1)?;
+            for first in (0..height).step_by(band) {
+                let op = Im2Col { sampling: self.sampling, first, rows: band.min(height - first) };
+                parts.push(product(x.apply_op1_no_bwd(&op)?)?);
+            }
+        }
+        Tensor::cat(&parts, 0)?.reshape((b, height, width, outputs))
     }
 }
 
@@ -115,8 +134,8 @@ impl Conv3x3 {
 /// If the tensor is not of four dimensions.
 pub fn im2col(x: &Tensor, sampling: Sampling) -> Result<Tensor> {
     let (b, h, w, c) = x.dims4()?;
-    if x.device().is_cpu() && x.dtype() == DType::F32 {
-        return x.contiguous()?.apply_op1_no_bwd(&Im2Col(sampling));
+    if is_ours(x) {
+        return x.contiguous()?.apply_op1_no_bwd(&Im2Col { sampling, first: 0, rows: sampling.size(h) });
     }
     let (stride, before) = sampling.steps();
     let padded = x.pad_with_zeros(1, before, 2)?.pad_with_zeros(2, before, 2)?;
@@ -154,7 +173,12 @@ pub fn nearest(x: &Tensor, (height, width): (usize, usize)) -> Result<Tensor> {
     x.contiguous()?.index_select(&index(h, height)?, 1)?.index_select(&index(w, width)?, 2)
 }
 
-struct Im2Col(Sampling);
+/// Rows of the outcome, from the `first` on.
+struct Im2Col {
+    sampling: Sampling,
+    first: usize,
+    rows: usize,
+}
 
 impl CustomOp1 for Im2Col {
     fn name(&self) -> &'static str {
@@ -167,13 +191,13 @@ impl CustomOp1 for Im2Col {
             candle_core::bail!("im2col wants contiguous values")
         };
         let input = &storage.as_slice::<f32>()?[start..end];
-        let (stride, before) = self.0.steps();
-        let (rows, columns) = (self.0.size(h), self.0.size(w));
+        let (stride, before) = self.sampling.steps();
+        let (rows, columns) = (self.rows, self.sampling.size(w));
         let mut output = vec![0f32; b * rows * columns * 9 * c];
         let line = columns * 9 * c;
         if line > 0 {
             output.par_chunks_mut(line).enumerate().for_each(|(index, line)| {
-                let (image, y) = (index / rows, index % rows * stride);
+                let (image, y) = (index / rows, (self.first + index % rows) * stride);
                 for dy in 0..3 {
                     let Some(from) = (y + dy).checked_sub(before).filter(|from| *from < h) else { continue };
                     let source = &input[(image * h + from) * w * c..][..w * c];
@@ -197,7 +221,7 @@ fn copy_cell(line: &[f32], target: &mut [f32], x: usize, before: usize, w: usize
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     use super::*;
 
@@ -225,6 +249,21 @@ mod tests {
                 let error = (got - expected).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 assert!(error < 2e-5, "{error} for {b} x {h} x {w}, {inputs} to {outputs}, {sampling:?}");
             }
+        }
+    }
+
+    #[test]
+    fn bands_change_nothing() {
+        let weight = Tensor::randn(0f32, 0.1, (8, 64, 3, 3), &Device::Cpu).unwrap();
+        let convolution = Conv3x3::new(&weight, &Tensor::zeros(8, DType::F32, &Device::Cpu).unwrap()).unwrap();
+        // More than a band in each of two images, and a last one that is not full.
+        let x = Tensor::randn(0f32, 1.0, (2, 70, 110, 64), &Device::Cpu).unwrap();
+        for sampling in [Sampling::Every, Sampling::Second, Sampling::Between] {
+            let convolution = convolution.clone().at(sampling);
+            let whole = im2col(&x, sampling).unwrap().matmul(&convolution.weight).unwrap();
+            let got = convolution.forward(&x).unwrap().reshape(whole.shape()).unwrap();
+            let error = (got - whole).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(error < 1e-5, "{error}, {sampling:?}");
         }
     }
 
