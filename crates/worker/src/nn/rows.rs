@@ -1,4 +1,4 @@
-//! Threads: a batch's rows side by side, each on a thread of its own ([`by_row`]), or all threads for one computation ([`on_pool`]).
+//! Threads: a batch's rows side by side, each on a thread of its own ([`by_row`], [`by_large_row`]), or all threads for one computation ([`on_pool`]).
 //!
 //! A small network gains little from threads inside each of its products: they cost more to wake than they save. Rows do not need one another, so
 //! on CPU each is computed alone by one thread. A row's values then do not depend on what else is in the batch, to the bit.
@@ -44,6 +44,24 @@ pub fn by_row(inputs: &[&Tensor], forward: impl Fn(&[Tensor]) -> Result<Tensor> 
     Tensor::cat(&values, 0)
 }
 
+/// As [`by_row`], for networks large enough to keep every thread busy with one row: fewer rows than threads are computed one after the other, each on all of them.
+///
+/// # Errors
+/// As [`by_row`].
+pub fn by_large_row(inputs: &[&Tensor], forward: impl Fn(&[Tensor]) -> Result<Tensor> + Sync) -> Result<Tensor> {
+    let rows = inputs.first().map_or(Ok(0), |first| first.dim(0))?;
+    let on_cpu = inputs.first().is_some_and(|first| first.device().is_cpu());
+    if !on_cpu || rows == 0 || rows >= LONE.len() {
+        return by_row(inputs, forward);
+    }
+    let row = |index: usize| {
+        let row: Result<Vec<Tensor>> = inputs.iter().map(|input| input.narrow(0, index, 1)?.contiguous()).collect();
+        let row = row?;
+        on_pool(|| forward(&row))
+    };
+    Tensor::cat(&(0..rows).map(row).collect::<Result<Vec<_>>>()?, 0)
+}
+
 /// Has each pool fill one of `outcomes`, and waits for all.
 fn share<T: Send>(pools: &[ThreadPool], outcomes: &mut [T], thread: usize, work: &(impl Fn(usize) -> T + Sync)) {
     let Some((outcome, rest)) = outcomes.split_first_mut() else { return };
@@ -82,6 +100,19 @@ mod tests {
         let one = by_row(&[&x.narrow(0, 3, 1).unwrap(), &t.narrow(0, 3, 1).unwrap()], forward).unwrap();
         assert_eq!(values(all.narrow(0, 3, 1).unwrap()), values(one));
         assert!(values(all).iter().zip(whole).all(|(a, b)| (a - b).abs() < 1e-4));
+    }
+
+    #[test]
+    fn one_large_row_is_what_it_is_in_a_batch() {
+        let count = LONE.len() + 1;
+        let x = Tensor::randn(0f32, 1.0, (count, 200, 512), &Device::Cpu).unwrap();
+        let w = Tensor::randn(0f32, 1.0, (512, 768), &Device::Cpu).unwrap();
+        let forward = |inputs: &[Tensor]| inputs[0].squeeze(0)?.matmul(&w)?.unsqueeze(0);
+        let values = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let all = by_large_row(&[&x], forward).unwrap();
+        let one = by_large_row(&[&x.narrow(0, 1, 1).unwrap()], forward).unwrap();
+        assert_eq!(values(all.narrow(0, 1, 1).unwrap()), values(one));
+        assert!(by_large_row(&[], forward).is_err());
     }
 
     #[test]

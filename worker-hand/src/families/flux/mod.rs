@@ -11,7 +11,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{EngineError, Hand},
-    nn::rows::by_row,
+    nn::rows::by_large_row,
     pipeline::Pipeline,
 };
 
@@ -126,7 +126,7 @@ impl Network for Flux {
         let states = Tensor::cat(&questions.iter().map(|q| &q.condition.states).collect::<Vec<_>>(), 0)?;
         let pooled = Tensor::cat(&questions.iter().map(|q| &q.condition.pooled).collect::<Vec<_>>(), 0)?;
         let told = self.transformer.config().guidance_embeds;
-        let answer = by_row(&[&x, &times, &guidance, &states, &pooled], |row| {
+        let answer = by_large_row(&[&x, &times, &guidance, &states, &pooled], |row| {
             let text = Text { states: &row[3], pooled: &row[4], bias: None };
             self.transformer.forward(&row[0], &row[1], text, told.then_some(&row[2]), (rows, columns))
         })?;

@@ -10,7 +10,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{EngineError, Hand},
-    nn::{attention::hide_absent, rows::by_row},
+    nn::{attention::hide_absent, rows::by_large_row},
     pipeline::Pipeline,
 };
 
@@ -106,7 +106,7 @@ impl Network for Sana {
             let texts: Vec<&FilledText> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
             let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
             let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
-            let answer = by_row(&[&x, &times, &guidance, &states, &present], |row| {
+            let answer = by_large_row(&[&x, &times, &guidance, &states, &present], |row| {
                 let bias = hide_absent(&row[4])?;
                 self.transformer.forward(&row[0], &row[1], &row[3], Some(&bias), told.then_some(&row[2]))
             })?;

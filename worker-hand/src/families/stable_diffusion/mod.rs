@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use efferent_proto::{internal::ControlSignal, v1::Size};
 use efferent_worker::{
     engine::{EngineError, Hand},
-    nn::rows::by_row,
+    nn::rows::by_large_row,
     pipeline::Pipeline,
 };
 
@@ -126,11 +126,13 @@ impl Network for StableDiffusion {
         let context = Tensor::cat(&contexts, 0)?;
         let added: Option<Vec<_>> = questions.iter().map(|q| q.condition.added.as_ref()).collect();
         let answer = match added.filter(|added| !added.is_empty()) {
-            None => by_row(&[&x, &times, &context], |row| self.unet.forward(&row[0], &row[1], &row[2], None, None))?,
+            None => {
+                by_large_row(&[&x, &times, &context], |row| self.unet.forward(&row[0], &row[1], &row[2], None, None))?
+            }
             Some(added) => {
                 let pooled = Tensor::cat(&added.iter().map(|(pooled, _)| pooled).collect::<Vec<_>>(), 0)?;
                 let sizes = Tensor::cat(&added.iter().map(|(_, sizes)| sizes).collect::<Vec<_>>(), 0)?;
-                by_row(&[&x, &times, &context, &pooled, &sizes], |row| {
+                by_large_row(&[&x, &times, &context, &pooled, &sizes], |row| {
                     let added = Added { pooled: row[3].clone(), sizes: row[4].clone() };
                     self.unet.forward(&row[0], &row[1], &row[2], None, Some(&added))
                 })?

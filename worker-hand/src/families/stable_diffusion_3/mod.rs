@@ -7,7 +7,7 @@ use candle_core::{Device, Result, Tensor};
 use efferent_proto::{internal::ControlSignal, v1::Size};
 use efferent_worker::{
     engine::{EngineError, Hand},
-    nn::rows::by_row,
+    nn::rows::by_large_row,
     pipeline::Pipeline,
 };
 
@@ -108,7 +108,7 @@ impl Network for StableDiffusion3 {
         let times = Tensor::from_vec(times, per * questions.len(), device)?;
         let states = Tensor::cat(&questions.iter().map(|q| &q.condition.states).collect::<Vec<_>>(), 0)?;
         let pooled = Tensor::cat(&questions.iter().map(|q| &q.condition.pooled).collect::<Vec<_>>(), 0)?;
-        let answer = by_row(&[&x, &times, &states, &pooled], |row| {
+        let answer = by_large_row(&[&x, &times, &states, &pooled], |row| {
             self.transformer.forward(&row[0], &row[1], &row[2], &row[3], None)
         })?;
         let answers = answer.flatten_from(1)?.to_vec2::<f32>()?;

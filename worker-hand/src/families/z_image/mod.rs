@@ -9,7 +9,7 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{EngineError, Hand},
-    nn::rows::by_row,
+    nn::rows::by_large_row,
     pipeline::Pipeline,
 };
 
@@ -110,7 +110,7 @@ impl Network for ZImage {
             let texts: Vec<&FilledText> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
             let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
             let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
-            let answer = by_row(&[&x, &times, &states, &present], |row| {
+            let answer = by_large_row(&[&x, &times, &states, &present], |row| {
                 self.transformer.forward(&row[0], &row[1], &row[2], &row[3])
             })?;
             answers.push(answer.flatten_from(1)?.to_vec2::<f32>()?);
