@@ -302,22 +302,28 @@ pub async fn check(front: &Front, ledger: &Ledger, load: &Load, harvest: &Harves
 
 /// Nothing waits and nothing is leased, after a while: what late workers left is delivered once more, and found done.
 async fn queues_are_empty(ledger: &Ledger) {
-    ledger.declare_queues(&efferent_worker::sim::model()).await.expect("queues");
     let mut left = Vec::new();
     for _ in 0..150 {
-        left.clear();
-        for lane in names::LANES {
-            for queue in [names::brain_queue("sim", lane), names::hand_queue("sim", lane)] {
-                let depth = ledger.bus().depth(&queue).await.expect("a depth");
-                left.extend((depth.ready + depth.leased > 0).then_some((queue, depth)));
-            }
-        }
-        if left.is_empty() {
-            return;
+        // A cluster that lost a server a moment ago may not answer yet.
+        match what_queues_hold(ledger).await {
+            Ok(held) if held.is_empty() => return,
+            held => left = vec![held],
         }
         tokio::time::sleep(PAUSE).await;
     }
     panic!("left in queues: {left:?}");
+}
+
+async fn what_queues_hold(ledger: &Ledger) -> efferent_bus::Result<Vec<(String, efferent_bus::Depth)>> {
+    ledger.declare_queues(&efferent_worker::sim::model()).await?;
+    let mut held = Vec::new();
+    for lane in names::LANES {
+        for queue in [names::brain_queue("sim", lane), names::hand_queue("sim", lane)] {
+            let depth = ledger.bus().depth(&queue).await?;
+            held.extend((depth.ready + depth.leased > 0).then_some((queue, depth)));
+        }
+    }
+    Ok(held)
 }
 
 /// When all processes have stopped, nobody is left in the lists of who is there.
