@@ -1,9 +1,12 @@
 //! A job's events for one client: first those that are in the record, then those that happen.
 //!
-//! Events on the bus may get lost. Durable ones are numbered without gaps: if one is missing, or every now and then, the record is read
-//! and what is in it is told. So a client misses no durable event, whichever coordinator it asks.
+//! The bus tells the record each time that it is stored, and all durable events are in it. It may get lost: every now and then the record is read.
+//! So a client misses no durable event, whichever coordinator it asks.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    collections::HashMap,
+    time::{Duration, SystemTime},
+};
 
 use bytes::Bytes;
 use efferent_bus::{
@@ -30,6 +33,8 @@ const MOST_GUARD: Duration = Duration::from_secs(8);
 const SHORTEST_GUARD: Duration = Duration::from_millis(20);
 /// Images up to this many bytes are put into events.
 const MAX_INLINE: u64 = 8 * 1024 * 1024;
+/// Most passing events that are kept for the durable one after which they come.
+const MAX_EARLY: usize = 64;
 
 /// What a client wants to hear.
 #[derive(Debug, Clone, Copy)]
@@ -57,7 +62,9 @@ pub async fn follow(
     client: mpsc::Sender<Result<JobEvent, Status>>,
     shutdown: Shutdown,
 ) {
-    let follower = Follower { ledger, job, last: wish.after, wish, client, guard: GUARD, expires_at: None };
+    let (early, files) = (Vec::new(), HashMap::new());
+    let follower =
+        Follower { ledger, job, last: wish.after, wish, client, early, files, guard: GUARD, expires_at: None };
     if let Err(Some(error)) = follower.run(tail, shutdown).await {
         tracing::warn!(%error.source, "a client's stream ends early");
         let _ = error.client.send(Err(ApiError::new(ErrorCode::BusUnavailable, error.source.to_string()).into())).await;
@@ -70,6 +77,10 @@ struct Follower {
     last: u64,
     wish: Wish,
     client: mpsc::Sender<Result<JobEvent, Status>>,
+    /// Passing events that came before the durable one after which they come.
+    early: Vec<JobEvent>,
+    /// Files of images that are about to be recorded, by hash.
+    files: HashMap<String, Bytes>,
     /// How much silence is borne the next time.
     guard: Duration,
     /// When the job expires, as far as that is known: then somebody must look at it.
@@ -117,7 +128,7 @@ impl Follower {
                 event = events.next() => match event {
                     Some(event) => {
                         self.guard = GUARD;
-                        match self.hear(&event.payload).await.map_err(|_| None)? {
+                        match self.hear(&event).await.map_err(|_| None)? {
                             Heard::Enough => return Ok(()),
                             heard => heard == Heard::Look,
                         }
@@ -142,7 +153,7 @@ impl Follower {
         }
     }
 
-    /// Tells what the record has and the client has not. True if that was the end.
+    /// Reads the record and tells what the client has not. True if that was the end.
     async fn catch_up(&mut self) -> Result<bool, Stop> {
         let Some(record) = self.ledger.job(&self.job).await.map_err(Stop::Bus)? else {
             let gone = ApiError::new(ErrorCode::UnknownJob, format!("job {} is no longer kept", self.job));
@@ -150,6 +161,11 @@ impl Follower {
             return Ok(true);
         };
         let record = expire(&self.ledger, record).await.map_err(Stop::Bus)?;
+        self.tell_record(record).await
+    }
+
+    /// Tells what the record has and the client has not. True if that was the end.
+    async fn tell_record(&mut self, record: JobRecord) -> Result<bool, Stop> {
         self.expires_at = expires_at(&record);
         let ended = has_ended(&record);
         self.tell_new(record.log).await?;
@@ -160,45 +176,56 @@ impl Follower {
         for event in log {
             if event.number > self.last {
                 self.tell(event).await?;
+                self.pass_early();
             }
         }
         Ok(())
     }
 
-    /// Passes events on, as long as each is the next one.
-    async fn hear(&mut self, payload: &[u8]) -> Result<Heard, Stop> {
-        let Ok(JobEvents { events }) = JobEvents::decode(payload) else { return Ok(Heard::Look) };
-        for event in events {
-            match self.hear_one(event).await? {
-                Heard::On => {}
-                other => return Ok(other),
+    async fn hear(&mut self, event: &efferent_bus::Event) -> Result<Heard, Stop> {
+        if names::is_stored_job(&event.subject) {
+            return match JobRecord::decode(event.payload.clone()) {
+                Ok(record) if record.job.is_some() => match self.tell_record(record).await? {
+                    true => Ok(Heard::Enough),
+                    false => Ok(Heard::On),
+                },
+                // It was deleted, or there is something in its place.
+                _ => Ok(Heard::Look),
+            };
+        }
+        let passing = JobEvents::decode(event.payload.clone()).unwrap_or_default();
+        for event in passing.events {
+            match event.event {
+                Some(Event::Image(image)) if self.wish.inline_images => {
+                    self.files.insert(image.hash, image.data);
+                }
+                Some(Event::Image(_)) => {}
+                _ if event.number > self.last && self.early.len() < MAX_EARLY => self.early.push(event),
+                _ => self.pass(event),
             }
         }
         Ok(Heard::On)
     }
 
-    async fn hear_one(&mut self, event: JobEvent) -> Result<Heard, Stop> {
-        match &event.event {
-            Some(Event::Step(_) | Event::Preview(_)) => {
-                // Worth less than keeping up: a slow client misses some.
-                let _ = self.client.try_send(Ok(event));
-                Ok(Heard::On)
-            }
-            _ if event.number <= self.last => Ok(Heard::On),
-            _ if event.number > self.last + 1 => Ok(Heard::Look),
-            last => {
-                let ended = matches!(last, Some(Event::Done(_) | Event::Failed(_)));
-                self.tell(event).await?;
-                Ok(if ended { Heard::Enough } else { Heard::On })
-            }
+    /// Tells what came too early and does no longer.
+    fn pass_early(&mut self) {
+        for event in self.early.extract_if(.., |event| event.number <= self.last).collect::<Vec<_>>() {
+            self.pass(event);
         }
+    }
+
+    /// Tells what is worth less than keeping up: a slow client misses some.
+    fn pass(&self, event: JobEvent) {
+        let _ = self.client.try_send(Ok(event));
     }
 
     async fn tell(&mut self, mut event: JobEvent) -> Result<(), Stop> {
         if let Some(Event::Image(image)) = &mut event.event {
             if !self.wish.inline_images {
                 image.data = Bytes::new();
-            } else if image.data.is_empty() && image.length <= MAX_INLINE {
+            } else if let Some(file) = self.files.remove(&image.hash) {
+                image.data = file;
+            } else if image.length <= MAX_INLINE {
                 let bytes = read_object(self.ledger.bus().as_ref(), &image.hash).await.map_err(Stop::Bus)?;
                 image.data = bytes.unwrap_or_default();
             }

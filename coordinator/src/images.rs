@@ -140,22 +140,25 @@ impl Images {
     /// Both at once, where the request has no idempotency key: should the job not be made, whoever gets the task finds none and drops it. With a key
     /// the caller may ask again for the same job, whose task must not have been dropped by then: the queue would not take it a second time.
     pub(crate) async fn begin(&self, record: JobRecord, trace: &trace::Context) -> Result<Option<Tail>, ApiError> {
-        let events = self.ledger.bus().subscribe(&names::job_events(job_id(&record))).await.map_err(unavailable)?;
+        let subject = names::job_events(job_id(&record));
         let once = record.job.iter().flat_map(|job| &job.request).all(|request| request.idempotency_key.is_empty());
-        let (created, published) = if once {
-            self.ledger.expect_job(&record);
-            tokio::join!(self.ledger.create_job(&record), self.publish(&record, trace))
-        } else {
+        let making = async {
+            if once {
+                self.ledger.expect_job(&record);
+                return tokio::join!(self.ledger.create_job(&record), self.publish(&record, trace));
+            }
             match self.ledger.create_job(&record).await {
                 Ok(true) => (Ok(true), self.publish(&record, trace).await),
                 made => (made, Ok(())),
             }
         };
+        // The subscription is sent first: what happens to the job is heard from its beginning on. Were it not, the record has it.
+        let (events, (created, published)) = tokio::join!(self.ledger.bus().subscribe(&subject), making);
         if !created.map_err(unavailable)? {
             return Ok(None);
         }
-        match published {
-            Ok(()) => {
+        match published.and(events.map_err(unavailable)) {
+            Ok(events) => {
                 tracing::info!(job_id = job_id(&record), trace_id = trace.trace_id, "accepted");
                 Ok(Some(Tail { record, events }))
             }

@@ -26,9 +26,27 @@ pub fn lane_name(lane: Lane) -> &'static str {
     }
 }
 
-/// Events of one job: encoded `efferent.v1.JobEvent`.
+/// All that is told of one job: [`job_stored`] and [`job_passing`].
 pub fn job_events(job_id: &str) -> String {
-    format!("events.job.{job_id}")
+    format!("events.job.{job_id}.*")
+}
+
+/// A job's record each time that it is stored, told by the bus itself: the value, an encoded `JobRecord`.
+pub fn job_stored(job_id: &str) -> String {
+    format!("events.job.{job_id}.{STORED}")
+}
+
+/// The last part of [`job_stored`].
+pub const STORED: &str = "stored";
+
+/// What is told of a job and not kept: encoded `JobEvents`.
+pub fn job_passing(job_id: &str) -> String {
+    format!("events.job.{job_id}.passing")
+}
+
+/// Whether this is the subject of a stored record.
+pub fn is_stored_job(subject: &str) -> bool {
+    subject.strip_suffix(STORED).is_some_and(|rest| rest.ends_with('.'))
 }
 
 /// Cancellation of one job; workers listen to [`ANY_CANCEL`]. The payload is empty.

@@ -178,6 +178,8 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
                 worker.encode(taken, alone.expect("the semaphore is never closed")).await;
             }
         });
+        // The work goes first, then the question for more.
+        tokio::task::yield_now().await;
     }
     worker.member.drain();
     tasks.close();

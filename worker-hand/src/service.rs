@@ -6,7 +6,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bytes::Bytes;
 use efferent_bus::{
     Delivery,
     ledger::{Ledger, Outcome, Transition, transition},
@@ -47,7 +46,7 @@ use crate::{
     places::{Place, Places},
 };
 
-/// Files of up to this many bytes travel in the event that tells of the image, so that nobody who listens has to fetch them.
+/// Files of up to this many bytes are sent to whoever listens before the image is recorded, so that nobody has to fetch them.
 const MAX_TOLD: usize = 64 * 1024;
 /// Bytes of pixels up to which a picture becomes a file sooner than a thread for it wakes up.
 const MAX_ENCODED_HERE: usize = 32 * 1024;
@@ -222,6 +221,8 @@ impl Worker {
                 let (worker, place) = (self.clone(), places.take(lane));
                 tasks.spawn(async move { worker.render(delivery, lane, place).await });
             }
+            // The work goes first, then the question for more.
+            tokio::task::yield_now().await;
         }
     }
 
@@ -272,6 +273,9 @@ impl Worker {
             checkpoints.remove().await;
             return Ok(());
         };
+        // What comes of the work is written here, most often while nothing else was: by then it is known over what.
+        let (ledger, job_id) = (self.ledger.clone(), task.job_id.clone());
+        tokio::spawn(async move { ledger.confirm(&job_id).await });
         // An earlier attempt may have recorded the image and died before it could say so.
         if transition::images(&record).any(|image| image.image_index == task.image_index) {
             checkpoints.remove().await;
@@ -420,9 +424,11 @@ impl Worker {
 
     /// Tells of progress. At most once: what is lost is overtaken by the next step.
     async fn tell(&self, task: &HandTask, progress: Vec<Event>) {
-        let number = self.ledger.known(&task.job_id).map_or(0, |known| known.written);
-        let events = progress.into_iter().map(|event| passing(task, number, event)).collect();
-        self.ledger.tell(&task.job_id, events).await;
+        let known = self.ledger.known(&task.job_id);
+        let number = known.and_then(|known| known.record).map_or(0, |record| record.log.len() as u64);
+        let time = Some(time::timestamp(SystemTime::now()));
+        let event = |event| JobEvent { job_id: task.job_id.clone(), number, time, event: Some(event) };
+        self.ledger.pass(&task.job_id, progress.into_iter().map(event).collect()).await;
     }
 
     /// File, then record, then the task: in this order nothing is acknowledged that is not durable.
@@ -432,7 +438,7 @@ impl Worker {
         task: &HandTask,
         picture: RgbImage,
         render_time: Duration,
-        progress: Vec<Event>,
+        mut progress: Vec<Event>,
     ) -> efferent_bus::Result<()> {
         metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
         let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
@@ -450,13 +456,11 @@ impl Worker {
             Err(error) => return held.failed(&EngineError::Crashed(error.to_string())).await,
         };
         let length = file.len() as u64;
-        let told = if file.len() <= MAX_TOLD { file.clone() } else { Bytes::new() };
         let retention = Some(self.ledger.options().retention);
         let hash = held.patiently(|| self.ledger.bus().put_object(file.clone(), retention)).await?;
         let mut image = Image {
             image_index: task.image_index,
             hash,
-            data: told,
             length,
             size: Some(size),
             seed: task.seed,
@@ -468,8 +472,12 @@ impl Worker {
         };
         image.set_format(task.request.as_ref().map(GenerateRequest::format).unwrap_or_default());
         held.defer_beginning();
+        if file.len() <= MAX_TOLD {
+            progress.push(Event::Image(Image { data: file, ..image.clone() }));
+        }
+        self.tell(task, progress).await;
         let recorded = Transition::Image(image);
-        let (outcome, mut news) = held.patiently(|| self.ledger.change(&task.job_id, &recorded)).await?;
+        let outcome = held.patiently(|| self.ledger.apply(&task.job_id, &recorded)).await?;
         match outcome {
             Outcome::Changed(_) => metrics::counter!("efferent_images_total").increment(1),
             // A late attempt: the image is recorded, or the job is over.
@@ -477,19 +485,8 @@ impl Worker {
                 metrics::counter!("efferent_results_duplicate_total").increment(1);
             }
         }
-        if let Some(image) = news.iter().position(|event| matches!(event.event, Some(Event::Image(_)))) {
-            let number = news[image].number.saturating_sub(1);
-            news.splice(image..image, progress.into_iter().map(|event| passing(task, number, event)));
-        }
-        self.ledger.tell(&task.job_id, news).await;
         held.done().await
     }
-}
-
-/// An event that is told and not kept, after the durable event of this number.
-fn passing(task: &HandTask, number: u64, event: Event) -> JobEvent {
-    let time = Some(time::timestamp(SystemTime::now()));
-    JobEvent { job_id: task.job_id.clone(), number, time, event: Some(event) }
 }
 
 fn render_request(request: &GenerateRequest, seed: u64, signal: Arc<ControlSignal>) -> RenderRequest {

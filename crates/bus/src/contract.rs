@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use efferent_proto::names::new_job_id;
+use efferent_proto::names::{is_stored_job, job_events, job_passing, job_stored, new_job_id};
 use futures::StreamExt as _;
 
 use crate::{
@@ -42,6 +42,7 @@ pub async fn all(bus: &SharedBus) {
         watches_tell_everything(b),
         objects_survive_the_round_trip(b),
         events_reach_those_who_listen(b),
+        stored_jobs_are_told(b),
         limits_are_typed_errors(b),
     );
 }
@@ -324,6 +325,27 @@ async fn events_reach_those_who_listen(bus: &dyn Bus) {
     assert_eq!((event.subject, &event.payload[..]), (format!("events.contract.{id}.a"), &b"body"[..]));
     let event = tokio::time::timeout(SECOND * 5, all.next()).await.unwrap().unwrap();
     assert_eq!(&event.payload[..], b"short");
+}
+
+async fn stored_jobs_are_told(bus: &dyn Bus) {
+    let (id, other) = (new_job_id(), new_job_id());
+    let mut events = bus.subscribe(&job_events(&id)).await.unwrap();
+    bus.create(Bucket::Jobs, &other, Bytes::from_static(b"another's"), Some(SECOND * 60)).await.unwrap();
+    let first = bus.create(Bucket::Jobs, &id, Bytes::from_static(b"one"), Some(SECOND * 60)).await.unwrap().unwrap();
+    assert_eq!(bus.swap(Bucket::Jobs, &id, Bytes::from_static(b"refused"), first + 1, None).await.unwrap(), None);
+    bus.emit(&job_passing(&id), Bytes::from_static(b"passing")).await.unwrap();
+    assert!(bus.swap(Bucket::Jobs, &id, Bytes::from_static(b"two"), first, None).await.unwrap().is_some());
+    let mut stored = Vec::new();
+    while stored.len() < 2 {
+        let event = tokio::time::timeout(SECOND * 5, events.next()).await.unwrap().unwrap();
+        if is_stored_job(&event.subject) {
+            assert_eq!(event.subject, job_stored(&id));
+            stored.push(event.payload);
+        } else {
+            assert_eq!((event.subject, &event.payload[..]), (job_passing(&id), &b"passing"[..]));
+        }
+    }
+    assert_eq!(stored, [&b"one"[..], b"two"], "each value once, in their order");
 }
 
 async fn limits_are_typed_errors(bus: &dyn Bus) {

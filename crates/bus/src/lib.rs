@@ -315,6 +315,7 @@ pub trait Bus: Send + Sync + Debug {
     async fn delete_object(&self, hash: &str) -> Result<()>;
 
     // --- events ---
+    // Besides what is emitted, every value that is stored in [`Bucket::Jobs`] is told as soon as it is durable, under [`names::job_stored`].
 
     /// Tells whoever listens now. No guarantee.
     async fn emit(&self, subject: &str, payload: Bytes) -> Result<()>;

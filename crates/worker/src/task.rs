@@ -183,8 +183,6 @@ pub async fn admit(
     }
     if let Some(KnownJob { record: Some(record), .. }) = known.filter(|_| attempt == 1) {
         held.ledger.remember(known.cloned().unwrap_or_default());
-        let (ledger, job_id) = (held.ledger.clone(), held.job_id.clone());
-        tokio::spawn(async move { ledger.confirm(&job_id).await });
         return Ok(Admission::Go(Box::new(held), Box::new(record.clone())));
     }
     // What it would be to begin.

@@ -8,12 +8,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use efferent_proto::time::unix_ms;
+use efferent_proto::{names, time::unix_ms};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
-use tokio::sync::{Notify, mpsc as channel};
+use tokio::sync::{Notify, broadcast, mpsc as channel};
 
 use super::objects::object_path;
-use crate::{Bucket, Change, Entry, Error, Result};
+use crate::{Bucket, Change, Entry, Error, Event, Result};
 
 pub(super) const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS queues (name TEXT PRIMARY KEY, capacity INTEGER NOT NULL, lease_ms INTEGER NOT NULL, tasks INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
@@ -81,6 +81,7 @@ pub(super) struct Database {
     pub(super) wakers: Arc<Wakers>,
     pub(super) watchers: Vec<(Bucket, channel::UnboundedSender<Change>)>,
     pub(super) folder: PathBuf,
+    pub(super) events: broadcast::Sender<Event>,
 }
 
 impl Database {
@@ -132,6 +133,11 @@ impl Database {
 
     fn tell(&mut self, aftermath: Aftermath) {
         for (bucket, change) in aftermath.changes {
+            if let (Bucket::Jobs, Change::Put(entry)) = (bucket, &change) {
+                // No subscribers is fine.
+                let _ =
+                    self.events.send(Event { subject: names::job_stored(&entry.key), payload: entry.value.clone() });
+            }
             self.watchers.retain(|(watched, watcher)| *watched != bucket || watcher.send(change.clone()).is_ok());
         }
         // Told what there was, in the same transaction as the changes above: from here on they get every change.

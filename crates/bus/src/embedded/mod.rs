@@ -83,8 +83,14 @@ impl Embedded {
         let (calls, inbox) = mpsc::channel();
         let wakers = Arc::new(Wakers::default());
         let (events, _) = broadcast::channel(EVENT_BACKLOG);
-        let worker =
-            Database { connection, inbox, wakers: wakers.clone(), watchers: Vec::new(), folder: folder.clone() };
+        let worker = Database {
+            connection,
+            inbox,
+            wakers: wakers.clone(),
+            watchers: Vec::new(),
+            folder: folder.clone(),
+            events: events.clone(),
+        };
         thread::Builder::new()
             .name("queue".to_owned())
             .spawn(move || worker.serve())

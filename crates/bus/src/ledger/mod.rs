@@ -18,7 +18,7 @@ use bytes::Bytes;
 use efferent_proto::{
     internal::{IdempotencyRecord, JobEvents, JobRecord, KnownJob},
     names,
-    v1::{JobEvent, Model, Worker, job_event::Event},
+    v1::{JobEvent, Model, Worker},
 };
 use moka::{Entry, ops::compute::Op, sync::Cache};
 use prost::Message;
@@ -214,26 +214,18 @@ impl Ledger {
         self.bus.list(Bucket::Jobs).await?.iter().map(|entry| decode(&entry.value, "job", &entry.key)).collect()
     }
 
-    /// Applies a transition, however many others change the job at the same time, and tells the new events to whoever listens.
+    /// Applies a transition, however many others change the job at the same time. The bus tells the record to whoever listens.
     pub async fn apply(&self, job_id: &str, transition: &Transition) -> Result<Outcome> {
-        let (outcome, news) = self.change(job_id, transition).await?;
-        self.tell(job_id, news).await;
-        Ok(outcome)
-    }
-
-    /// Applies a transition, however many others change the job at the same time. The new events are for the caller to tell; the bytes of
-    /// an image are in them, and not kept.
-    pub async fn change(&self, job_id: &str, transition: &Transition) -> Result<(Outcome, Vec<JobEvent>)> {
         let mut remembered = self.known(job_id);
         for _ in 0..MAX_SWAPS {
             let from_memory = remembered.is_some();
-            let KnownJob { record, revision, written } = match remembered.take() {
+            let KnownJob { record, revision, .. } = match remembered.take() {
                 Some(remembered) if remembered.revision != NOT_MADE => remembered,
                 expected => match self.current(job_id, expected.as_ref()).await? {
                     Some(found) => found,
                     None => {
                         self.known.invalidate(job_id);
-                        return Ok((Outcome::Unknown, Vec::new()));
+                        return Ok(Outcome::Unknown);
                     }
                 },
             };
@@ -242,7 +234,7 @@ impl Ledger {
                 if from_memory {
                     continue;
                 }
-                return Ok((Outcome::Unchanged(Box::new(record)), Vec::new()));
+                return Ok(Outcome::Unchanged(Box::new(record)));
             }
             let value = encode(&record);
             let swapped = self.bus.swap(Bucket::Jobs, job_id, value, revision, Some(self.options.retention)).await?;
@@ -255,15 +247,7 @@ impl Ledger {
             } else {
                 self.remember(up_to_date(record.clone(), revision));
             }
-            let mut news: Vec<JobEvent> = record.log.iter().filter(|event| event.number > written).cloned().collect();
-            if let Transition::Image(image) = transition {
-                for event in &mut news {
-                    if let Some(Event::Image(told)) = &mut event.event {
-                        told.data = image.data.clone();
-                    }
-                }
-            }
-            return Ok((Outcome::Changed(Box::new(record)), news));
+            return Ok(Outcome::Changed(Box::new(record)));
         }
         Err(Error::Unavailable {
             what: format!("job {job_id} changed {MAX_SWAPS} times while it was being changed"),
@@ -271,10 +255,10 @@ impl Ledger {
         })
     }
 
-    /// Tells events to whoever listens. At most once: a watcher that misses a durable one reads it from the record.
-    pub async fn tell(&self, job_id: &str, events: Vec<JobEvent>) {
+    /// Tells events that are not kept to whoever listens: at most once.
+    pub async fn pass(&self, job_id: &str, events: Vec<JobEvent>) {
         if !events.is_empty() {
-            let _ = self.bus.emit(&names::job_events(job_id), encode(&JobEvents { events })).await;
+            let _ = self.bus.emit(&names::job_passing(job_id), encode(&JobEvents { events })).await;
         }
     }
 

@@ -5,8 +5,10 @@ use std::time::Duration;
 use async_nats::jetstream::{
     self,
     kv::Store,
-    stream::{self, DiscardPolicy, StorageType, Stream},
+    stream::{self, DiscardPolicy, Republish, StorageType, Stream},
 };
+
+use efferent_proto::names;
 
 use super::{Options, fault};
 use crate::{Bucket, Error, MAX_VALUE, Result};
@@ -58,6 +60,7 @@ pub(super) async fn make_stream(context: &jetstream::Context, config: stream::Co
         ("allow_msg_ttl", got.allow_message_ttl != config.allow_message_ttl),
         ("subject_delete_marker_ttl", got.subject_delete_marker_ttl != config.subject_delete_marker_ttl),
         ("allow_direct", got.allow_direct != config.allow_direct),
+        ("republish", got.republish != config.republish),
     ];
     refuse_differences("stream", &name, &differs)?;
     context.get_stream(&name).await.map_err(fault(what))
@@ -75,8 +78,15 @@ pub(super) fn refuse_differences(kind: &str, name: &str, differs: &[(&str, bool)
 /// a value that was just written would not be found.
 pub(super) async fn make_bucket(context: &jetstream::Context, options: &Options, bucket: Bucket) -> Result<Store> {
     let name = format!("{}-{}", options.prefix, bucket.name());
+    let stored = names::job_stored("{{wildcard(1)}}");
+    let republish = (bucket == Bucket::Jobs).then(|| Republish {
+        source: format!("$KV.{name}.*"),
+        destination: format!("{}.{stored}", options.prefix),
+        headers_only: false,
+    });
     let config = stream::Config {
         name: format!("KV_{name}"),
+        republish,
         subjects: vec![format!("$KV.{name}.>")],
         storage: StorageType::File,
         discard: DiscardPolicy::New,
