@@ -165,7 +165,7 @@ impl Directory {
     /// Takes down that a request was accepted.
     pub fn note(&self, hand: &str, request: &GenerateRequest) {
         let images = f64::from(request.image_count());
-        let units = work::image_units(&request.size.unwrap_or_default(), request.steps());
+        let units = work::image_units(&request.size.unwrap_or_default(), work::steps(request));
         let mut usual = self.0.usual.lock().unwrap_or_else(PoisonError::into_inner);
         let before = usual.entry(hand.to_owned()).or_insert((images, units));
         before.0 += LATE * (images - before.0);

@@ -30,7 +30,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     directory::{self, Directory},
     follow::{self, Tail, Wish},
-    quote,
+    pictures, quote,
     server::Options,
     signals,
     tenants::{self, Gate, Stream as Place},
@@ -208,13 +208,15 @@ impl Images {
     }
 
     /// A request with every default filled in, and the model that does it.
-    async fn resolve(&self, request: GenerateRequest) -> Result<(GenerateRequest, Model), ApiError> {
+    async fn resolve(&self, mut request: GenerateRequest) -> Result<(GenerateRequest, Model), ApiError> {
         if request.signal_id.is_empty() {
             let model = self.directory.choose(&request.model, directory::needs(&request))?;
+            pictures::fit(&self.ledger, &mut request, &model).await?;
             return Ok((validate::resolve(request, &model, self.options.default_deadline)?, model));
         }
         let signal = signals::find(&self.ledger, &request.signal_id).await?;
         let model = self.directory.choose_hand(&request.model, &signal)?;
+        pictures::fit(&self.ledger, &mut request, &model).await?;
         let resolved = validate::resolve(request, &model, self.options.default_deadline)?;
         let Signal { prompt, negative_prompt, .. } = signal;
         Ok((GenerateRequest { prompt, negative_prompt, ..resolved }, model))
@@ -222,7 +224,8 @@ impl Images {
 
     /// A job that can be accepted now, with every default filled in.
     pub(crate) async fn draft(&self, id: String, request: GenerateRequest) -> Result<JobRecord, ApiError> {
-        let (request, model) = self.resolve(request).await?;
+        let (mut request, model) = self.resolve(request).await?;
+        pictures::keep(&self.ledger, &mut request).await?;
         Ok(self.drafted(id, request, model))
     }
 

@@ -114,7 +114,7 @@ pub async fn quote(directory: &Directory, request: &GenerateRequest, model: &Mod
         ahead.requests += left(at_brain);
         ahead.units += (left(at_hand) + left(at_brain) * images) * units;
     }
-    let each = work::image_units(&request.size.unwrap_or_default(), request.steps());
+    let each = work::image_units(&request.size.unwrap_or_default(), work::steps(request));
     Ok(estimate(brain, hand, ahead, f64::from(request.image_count()), each))
 }
 

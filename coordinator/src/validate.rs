@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use efferent_proto::{
     ApiError, names, time,
-    v1::{EncodeRequest, ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size, SizeRange},
-    work::{MAX_DEADLINE, offers_size},
+    v1::{
+        EncodeRequest, ErrorCode, GenerateRequest, ImageFormat, Lane, Model, Size, SizeRange, picture_source::Source,
+    },
+    work::{self, MAX_DEADLINE, offers_size},
 };
 
 use crate::tenants;
@@ -16,6 +18,8 @@ pub const MAX_PROMPT_BYTES: usize = 4096;
 pub const MAX_KEY_BYTES: usize = 128;
 /// Most images of a request, whatever the model offers.
 pub const MAX_IMAGES: u32 = 16;
+/// Most bytes of the files that a request brings: a message has at most 4 MiB.
+pub const MAX_PICTURE_BYTES: usize = 3 << 20;
 /// How long a control signal is kept whose caller does not say.
 const DEFAULT_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Most steps of a request, whatever the model offers.
@@ -77,6 +81,7 @@ pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
     {
         return Err(invalid("guidance_scale", format!("guidance_scale is {scale}; it must be a number from 0 up")));
     }
+    pictures(request)?;
     if ImageFormat::try_from(request.format).is_err() {
         return Err(invalid(
             "format",
@@ -104,6 +109,42 @@ pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Checks what a request says of pictures to begin with.
+fn pictures(request: &GenerateRequest) -> Result<(), ApiError> {
+    let mut brought = 0;
+    for (field, source) in [("init_image", &request.init_image), ("mask", &request.mask)] {
+        let Some(source) = source else { continue };
+        match &source.source {
+            Some(Source::Data(bytes)) if !bytes.is_empty() => brought += bytes.len(),
+            Some(Source::Hash(hash)) if names::is_hash(hash) => {}
+            Some(Source::Hash(_)) => {
+                return Err(invalid(field, format!("{field} is not the hash of a file: 64 hexadecimal digits")));
+            }
+            _ => return Err(invalid(field, format!("{field} has no file"))),
+        }
+        if brought > MAX_PICTURE_BYTES {
+            let message = format!(
+                "{field} brings {brought} bytes, over the limit of {MAX_PICTURE_BYTES}; put larger files with ObjectService and give their hash"
+            );
+            return Err(over(field, format!("1..={MAX_PICTURE_BYTES} bytes"), message));
+        }
+    }
+    if request.init_image.is_none() {
+        if request.mask.is_some() {
+            return Err(invalid("mask", "mask is given without init_image, whose part it is to tell"));
+        }
+        if request.strength.is_some() {
+            return Err(invalid("strength", "strength is given without init_image, which it is to change"));
+        }
+    }
+    match request.strength {
+        Some(strength) if !(strength > 0.0 && strength <= 1.0) => {
+            Err(over("strength", "0..=1", format!("strength is {strength}; it must be above 0 and at most 1")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The request with every default filled in, if the model offers what it asks for.
 ///
 /// # Errors
@@ -116,6 +157,12 @@ pub fn resolve(
     let name = &model.name;
     if !request.negative_prompt.is_empty() && !model.negative_prompt {
         return Err(not_offered("negative_prompt", "none", format!("model {name} takes no negative prompt")));
+    }
+    if request.init_image.is_some() && !model.image_to_image {
+        return Err(not_offered("init_image", "none", format!("model {name} does not begin with pictures")));
+    }
+    if request.mask.is_some() && !model.inpainting {
+        return Err(not_offered("mask", "none", format!("model {name} does not change parts of pictures")));
     }
     let size = match request.size {
         None => model
@@ -173,6 +220,7 @@ pub fn resolve(
                 .unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff),
         ),
         deadline: Some(request.deadline.unwrap_or_else(|| time::proto_duration(default_deadline))),
+        strength: request.init_image.as_ref().map(|_| work::strength(&request)),
         sampler,
         tenant: tenants::named(&request.tenant)?.to_owned(),
         ..request
@@ -220,6 +268,9 @@ fn size_name(size: &Size) -> String {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use efferent_proto::v1::PictureSource;
+
     use super::*;
 
     fn model() -> Model {
@@ -234,6 +285,14 @@ mod tests {
             max_image_count: 16,
             ..Default::default()
         }
+    }
+
+    fn source(bytes: &[u8]) -> Option<PictureSource> {
+        Some(PictureSource { source: Some(Source::Data(Bytes::copy_from_slice(bytes))) })
+    }
+
+    fn hash(text: &str) -> Option<PictureSource> {
+        Some(PictureSource { source: Some(Source::Hash(text.to_owned())) })
     }
 
     fn check(change: impl FnOnce(&mut GenerateRequest)) -> Result<GenerateRequest, (ErrorCode, String, String)> {
@@ -294,6 +353,26 @@ mod tests {
             (Box::new(|r| r.guidance_scale = Some(11.0)), LimitExceeded, "guidance_scale", "0..=10"),
             (Box::new(|r| r.sampler = "ddim".to_owned()), NotOffered, "sampler", "euler, heun"),
             (Box::new(|r| r.format = 9), InvalidField, "format", ""),
+            (Box::new(|r| r.init_image = source(b"")), InvalidField, "init_image", ""),
+            (Box::new(|r| r.init_image = source(b"png")), NotOffered, "init_image", "none"),
+            (Box::new(|r| r.init_image = Some(PictureSource::default())), InvalidField, "init_image", ""),
+            (
+                Box::new(|r| r.init_image = source(&[0; (3 << 20) + 1])),
+                LimitExceeded,
+                "init_image",
+                "1..=3145728 bytes",
+            ),
+            (Box::new(|r| r.init_image = hash("abc")), InvalidField, "init_image", ""),
+            (Box::new(|r| r.mask = source(b"png")), InvalidField, "mask", ""),
+            (Box::new(|r| r.strength = Some(0.5)), InvalidField, "strength", ""),
+            (Box::new(|r| (r.init_image, r.strength) = (source(b"x"), Some(0.0))), LimitExceeded, "strength", "0..=1"),
+            (Box::new(|r| (r.init_image, r.strength) = (source(b"x"), Some(1.1))), LimitExceeded, "strength", "0..=1"),
+            (
+                Box::new(|r| (r.init_image, r.strength) = (source(b"x"), Some(f32::NAN))),
+                LimitExceeded,
+                "strength",
+                "0..=1",
+            ),
             (Box::new(|r| r.lane = 9), InvalidField, "lane", ""),
             (Box::new(|r| r.tenant = "Studio 1".to_owned()), InvalidField, "tenant", ""),
             (Box::new(|r| r.signal_id = "a".repeat(64)), InvalidField, "prompt", ""),

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 
-use crate::v1::{GenerateRequest, ImageFormat, Size};
+use crate::v1::{GenerateRequest, ImageFormat, PictureSource, Size, picture_source::Source};
 
 /// A line that is an object.
 #[derive(Debug, Default, Deserialize)]
@@ -20,6 +20,9 @@ struct Line {
     image_count: Option<u32>,
     format: Option<String>,
     sampler: String,
+    init_image: Option<String>,
+    strength: Option<f32>,
+    mask: Option<String>,
 }
 
 /// A line's request; `model` is that of lines that name none.
@@ -43,6 +46,9 @@ pub fn parse(line: &str, model: &str) -> Result<GenerateRequest, String> {
         signal_id: line.signal_id,
         image_count: line.image_count,
         sampler: line.sampler,
+        init_image: line.init_image.map(picture),
+        strength: line.strength,
+        mask: line.mask.map(picture),
         ..GenerateRequest::default()
     };
     let format = line.format.as_deref().unwrap_or("png");
@@ -54,6 +60,10 @@ pub fn parse(line: &str, model: &str) -> Result<GenerateRequest, String> {
     };
     request.set_format(known);
     Ok(request)
+}
+
+fn picture(hash: String) -> PictureSource {
+    PictureSource { source: Some(Source::Hash(hash)) }
 }
 
 /// `96x64` in pixels.

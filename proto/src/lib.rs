@@ -17,6 +17,7 @@ pub use error::ApiError;
 #[expect(
     missing_docs,
     clippy::allow_attributes_without_reason,
+    clippy::large_enum_variant,
     reason = "generated; the documentation is in the .proto files"
 )]
 pub mod v1 {

@@ -72,8 +72,13 @@ pub fn is_job_id(text: &str) -> bool {
     text.len() == 26 && ulid::Ulid::from_string(text).is_ok()
 }
 
-/// True for the id of a control signal: BLAKE3, 64 hex digits.
+/// True for the id of a control signal, which is its hash.
 pub fn is_signal_id(text: &str) -> bool {
+    is_hash(text)
+}
+
+/// True for the hash of a file: BLAKE3, 64 hex digits.
+pub fn is_hash(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 

@@ -22,9 +22,22 @@ pub fn image_units(size: &Size, steps: u32) -> f64 {
     f64::from(steps) * f64::from(size.width) * f64::from(size.height) / 1e6
 }
 
+/// The share of the steps that are made of a request that begins with a picture and does not say.
+pub const DEFAULT_STRENGTH: f32 = 0.8;
+
+/// The share of a request's steps that are made.
+pub fn strength(request: &GenerateRequest) -> f32 {
+    if request.init_image.is_none() { 1.0 } else { request.strength.unwrap_or(DEFAULT_STRENGTH) }
+}
+
+/// About how many steps of a request that has every default filled in are made.
+pub fn steps(request: &GenerateRequest) -> u32 {
+    (request.steps() as f32 * strength(request)).ceil() as u32
+}
+
 /// Units of all images of a request that has every default filled in.
 pub fn request_units(request: &GenerateRequest) -> f64 {
-    image_units(&request.size.unwrap_or_default(), request.steps()) * f64::from(request.image_count())
+    image_units(&request.size.unwrap_or_default(), steps(request)) * f64::from(request.image_count())
 }
 
 /// The seed of an image of a request that has every default filled in.

@@ -2,15 +2,11 @@
 //!
 //! `EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints` writes the measured errors into that file.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{
-    fmt::Write as _,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{fmt::Write as _, path::Path, sync::Arc};
 
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use efferent_brain::families::{
     self as brains,
     text_encoders::encoder::{Encoder, Use},
@@ -22,6 +18,10 @@ use efferent_proto::{
 };
 use efferent_tests::{
     calls::{all, generate, job, kind, request, until},
+    checkpoints::{
+        Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, begun, compare, device, difference, embed, folder, open,
+        steps_apart,
+    },
     local::Cluster,
     processes::{self, connect},
 };
@@ -31,7 +31,6 @@ use efferent_worker::{
     signal::{self, CONDITIONAL},
     testing,
 };
-use image::RgbImage;
 
 /// Every checkpoint, with the guidance that its pipeline has by default.
 const CHECKPOINTS: [(&str, f32); 18] = [
@@ -55,116 +54,9 @@ const CHECKPOINTS: [(&str, f32); 18] = [
     ("openuni", 4.5),
     ("openuni-sd", 7.5),
 ];
-const PROMPTS: [&str; 3] = [
-    "a red apple",
-    "Two cats, 3 dögs & an owl's nest — 苹果!  (8k)",
-    "the quick brown fox jumps over the lazy dog while it's raining and we've 42 reasons to stay at home tonight",
-];
-const NEGATIVE: &str = "blurry, low quality";
 /// Longer than CLIP reads, for pipelines in which another encoder reads the whole.
 fn long() -> String {
     ["a red apple and two cats jumps over the lazy dog"; 4].join(" ")
-}
-
-/// Largest difference of a joint, relative to the largest value of it, or to 1.
-const TOLERANCE: f32 = 1e-4;
-
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints").join(name)
-}
-
-/// Where models compute: on the CPU, or what `EFFERENT_TEST_DEVICE` says (`cuda:0`, `metal:0`), of a build with that feature.
-fn device() -> Device {
-    let Ok(name) = std::env::var("EFFERENT_TEST_DEVICE") else { return Device::Cpu };
-    match name.split_once(':').map(|(kind, number)| (kind, number.parse())) {
-        Some(("cuda", Ok(number))) => Device::new_cuda(number).unwrap(),
-        Some(("metal", Ok(number))) => Device::new_metal(number).unwrap(),
-        _ => panic!("EFFERENT_TEST_DEVICE is {name:?}; cuda:0 and metal:0 are such devices"),
-    }
-}
-
-fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
-    let pipeline = Pipeline::open(&folder(name)).unwrap();
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), device())().unwrap();
-    let hand = hands::factory(&pipeline, device())().unwrap();
-    (pipeline, brain, hand)
-}
-
-/// What diffusers computed.
-struct Golden(std::collections::HashMap<String, (Vec<usize>, Vec<f32>)>);
-
-impl Golden {
-    fn open(name: &str) -> Self {
-        let bytes = std::fs::read(folder(name).join("golden.safetensors")).unwrap();
-        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap();
-        let values = |tensor: Tensor| (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1().unwrap());
-        Self(tensors.into_iter().map(|(key, tensor)| (key, values(tensor))).collect())
-    }
-
-    fn values(&self, key: &str) -> &[f32] {
-        &self.0.get(key).unwrap_or_else(|| panic!("no {key}")).1
-    }
-
-    fn has(&self, key: &str) -> bool {
-        self.0.contains_key(key)
-    }
-
-    fn size(&self, key: &str) -> Size {
-        let dims = &self.0.get(key).unwrap_or_else(|| panic!("no {key}")).0;
-        Size { width: dims[1] as u32, height: dims[0] as u32 }
-    }
-}
-
-/// Largest difference, relative to the largest value, or to 1.
-fn difference(got: &[f32], wanted: &[f32]) -> f32 {
-    assert_eq!(got.len(), wanted.len(), "another number of values");
-    let largest = wanted.iter().fold(1f32, |most, value| most.max(value.abs()));
-    got.iter().zip(wanted).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max) / largest
-}
-
-/// Largest difference of two pictures, of 255.
-fn steps_apart(got: &RgbImage, wanted: &[f32]) -> f32 {
-    assert_eq!(got.as_raw().len(), wanted.len());
-    got.as_raw().iter().zip(wanted).map(|(g, w)| (f32::from(*g) - w).abs()).fold(0.0, f32::max)
-}
-
-fn embed(brain: &mut dyn Brain, prompt: &str, negative: &str) -> Arc<signal::ControlSignal> {
-    let request = EmbedRequest { prompt: prompt.to_owned(), negative_prompt: negative.to_owned() };
-    Arc::new(brain.embed(&[request]).remove(0).unwrap())
-}
-
-/// Largest errors of a checkpoint, by joint.
-#[derive(Default)]
-struct Errors {
-    states: f32,
-    pooled: f32,
-    latents: f32,
-    image: f32,
-}
-
-/// Renders as diffusers did and compares every latent between steps, and the picture.
-fn compare(hand: &mut dyn Hand, golden: &Golden, key: &str, request: &RenderRequest, errors: &mut Errors) {
-    let wanted = golden.values(&format!("{key}.latents"));
-    let mut sample = hand.begin(request).unwrap();
-    let count = (hand.checkpoint(&sample).unwrap().len() - 12) / 4;
-    let evaluations = wanted.len() / count;
-    // A sampler whose first step asks twice has one latent more than steps.
-    let extra = evaluations - request.steps as usize;
-    for step in 0..request.steps as usize {
-        hand.step(&mut [&mut sample]).remove(0).unwrap();
-        let checkpoint = hand.checkpoint(&sample).unwrap();
-        let latent: Vec<f32> =
-            checkpoint[12..12 + 4 * count].as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-        let at = (step + extra) * count;
-        let error = difference(&latent, &wanted[at..at + count]);
-        assert!(error <= TOLERANCE, "{key}: the latent after step {} differs by {error}", step + 1);
-        errors.latents = errors.latents.max(error);
-    }
-    hand.preview(&sample).unwrap();
-    let picture = hand.finish(sample).unwrap();
-    let apart = steps_apart(&picture, golden.values(&format!("{key}.image")));
-    assert!(apart <= 1.0, "{key}: the picture differs by {apart}/255");
-    errors.image = errors.image.max(apart);
 }
 
 fn parity(name: &str, guidance_scale: f32) -> Errors {
@@ -215,6 +107,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
         guidance_scale,
         seed,
         sampler: sampler.clone(),
+        picture: None,
     };
     let usual = golden.size("0.guided.image");
     for (i, prompt) in PROMPTS.into_iter().enumerate() {
@@ -264,16 +157,21 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
 fn pictures_are_those_of_diffusers() {
     let mut table = String::from(
         "# Parity\n\nLargest differences from diffusers 0.42.1 (torch 2.15, f32, CPU) on tiny random checkpoints that `tests/checkpoints/*.py` made in the folder layout \
-         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four. Token ids are equal. Joints \
+         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four; begun with a picture: image to image and inpainting, with strengths of 0.5 and 1 of five steps (sd15 also with five samplers beside its own). Token ids are equal. Joints \
          are relative to the largest value of the joint, or to 1; pictures are 8-bit steps. Allowed: 1e-4, and 1 step.\n\nWritten by\n\n    \
-         EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints\n\n| checkpoint | pipeline | states | pooled | every latent | picture |\n| --- | --- | --- | --- | --- | --- |\n",
+         EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints\n\n| checkpoint | pipeline | states | pooled | every latent | picture | every latent, begun with a picture | its picture |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for (name, guidance) in CHECKPOINTS {
         let Errors { states, pooled, latents, image } = parity(name, guidance);
+        let (_, mut brain, mut hand) = open(name);
+        let begun = begun(name, &mut *brain, &mut *hand);
+        let begun = begun
+            .map_or_else(|| "none | none".to_owned(), |errors| format!("{:.1e} | {}", errors.latents, errors.image));
         let pipeline = Pipeline::open(&folder(name)).unwrap();
         let description = pipeline.description();
         let pooled = if pooled > 0.0 { format!("{pooled:.1e}") } else { "none".to_owned() };
-        let _ = writeln!(table, "| {name} | {description} | {states:.1e} | {pooled} | {latents:.1e} | {image} |");
+        let _ =
+            writeln!(table, "| {name} | {description} | {states:.1e} | {pooled} | {latents:.1e} | {image} | {begun} |");
     }
     if let Some(path) = std::env::var_os("EFFERENT_PARITY") {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
@@ -306,6 +204,7 @@ fn engines_keep_the_contract() {
                 guidance_scale,
                 seed,
                 sampler: sampler.clone(),
+                picture: None,
             };
             let guidance = if is_unguided(sampler) { 1.0 } else { 4.0 };
             testing::check_hand(&mut *hand, &[render(3, 1, guidance), render(5, 2, guidance), render(1, 3, guidance)]);
@@ -330,6 +229,7 @@ fn what_does_not_fit_is_refused() {
         guidance_scale: 2.0,
         seed: 1,
         sampler: "euler".to_owned(),
+        picture: None,
     };
     let message = |hand: &mut dyn Hand, request: &RenderRequest| hand.begin(request).unwrap_err().to_string();
     let other = RenderRequest { signal: embed(&mut *xl, "a cat", ""), ..good.clone() };

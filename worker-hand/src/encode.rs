@@ -6,6 +6,7 @@ use bytes::Bytes;
 use efferent_proto::{
     internal::HandTask,
     v1::{GenerateRequest, ImageFormat},
+    work,
 };
 use image::{RgbImage, imageops::FilterType};
 
@@ -91,9 +92,13 @@ fn parameters(request: &GenerateRequest, task: &HandTask) -> String {
     if !request.negative_prompt.is_empty() {
         let _ = write!(text, "\nNegative prompt: {}", request.negative_prompt.replace('\0', "\u{fffd}"));
     }
+    let strength = match &request.init_image {
+        Some(_) => format!("Denoising strength: {}, ", work::strength(request)),
+        None => String::new(),
+    };
     let _ = write!(
         text,
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}, Model hash: {}, Version: efferent {}",
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, {strength}Model: {}, Model hash: {}, Version: efferent {}",
         request.steps(),
         request.sampler,
         request.guidance_scale(),

@@ -53,9 +53,21 @@ pub enum Update {
     /// Its last step begins. In about this time the engine is done with it. Not said if there is nothing to go by.
     LastStep(Duration),
     /// A step is done.
-    Step(u32),
-    /// The picture as it stands after this many steps.
-    Preview(u32, RgbImage),
+    Step {
+        /// Steps done.
+        step: u32,
+        /// Of so many.
+        steps: u32,
+    },
+    /// The picture as it stands.
+    Preview {
+        /// After this many steps.
+        step: u32,
+        /// Of so many.
+        steps: u32,
+        /// The picture.
+        picture: RgbImage,
+    },
     /// What is needed to go on from here.
     Checkpoint(Checkpoint),
     /// The picture, and the time since it joined the batch.
@@ -341,15 +353,16 @@ impl Batch {
     }
 
     fn after_step(&mut self, mut running: Running) {
-        let (step, updates) = (running.sample.step, running.order.updates.clone());
-        let _ = updates.send(Update::Step(step));
+        let (step, steps) = (running.sample.step, running.sample.steps);
+        let updates = running.order.updates.clone();
+        let _ = updates.send(Update::Step { step, steps });
         if running.sample.is_complete() {
             return self.finish(running);
         }
         let interval = running.order.preview_interval;
         if interval > 0 && step.is_multiple_of(interval) {
             match guarded(|| self.hand.preview(&running.sample)) {
-                Ok(picture) => drop(updates.send(Update::Preview(step, picture))),
+                Ok(picture) => drop(updates.send(Update::Preview { step, steps, picture })),
                 Err(error) => tracing::warn!(%error, "no preview"),
             }
         }

@@ -13,18 +13,19 @@ use efferent_proto::{
     work::offers_size,
 };
 use efferent_worker::{
-    engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
+    engine::{BatchKey, EngineError, EngineSpec, Hand, Picture, RenderRequest, Sample},
     nn::rows::on_pool,
     pipeline::{Pipeline, diffusers, read_json},
     signal::{self, CONDITIONAL, UNCONDITIONAL, space_name},
     weights::Weights,
 };
-use image::RgbImage;
+use image::{GrayImage, RgbImage};
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
     networks::LatentSpace,
-    samplers::{self, Flow, Plan, Sampler, Trajectory},
+    noise::Noise,
+    samplers::{self, Beginning, Flow, Plan, Sampler, Trajectory},
 };
 
 /// Samples that share a pass. On CPU a pass takes time in proportion, so more would only keep the first one waiting.
@@ -69,6 +70,11 @@ pub trait Network: Send + std::fmt::Debug + 'static {
         guidance_scale: f32,
         device: &Device,
     ) -> Result<Self::Condition, EngineError>;
+
+    /// How many of so many steps are made of a picture that is to change by so much.
+    fn made(&self, steps: f64, strength: f64) -> f64 {
+        steps - (steps - steps * strength).trunc()
+    }
 
     /// Tells apart what cannot share a pass.
     fn kind(condition: &Self::Condition) -> String;
@@ -355,24 +361,84 @@ impl<N: Network> Engine<N> {
             return Err(refused(ErrorCode::InvalidField, "guidance_scale", message));
         }
         let condition = self.network.condition(&request.signal, request.size, request.guidance_scale, &self.device)?;
+        let steps = match &request.picture {
+            None => request.steps,
+            Some(picture) => self.network.made(f64::from(request.steps), picture.strength) as u32,
+        };
+        if steps == 0 || steps > request.steps {
+            let message = format!("with this strength, none of {} steps would be made", request.steps);
+            return Err(refused(ErrorCode::InvalidField, "strength", message));
+        }
+        let skipped = (request.steps - steps) as usize;
         let plan = self
             .network
             .flow(&self.scheduler, shape)
-            .and_then(|flow| Plan::new(&self.scheduler, sampler, request.steps as usize, flow))
+            .and_then(|flow| Plan::new(&self.scheduler, sampler, request.steps as usize, skipped, flow))
             .map_err(|error| refused(ErrorCode::NotOffered, "steps", error.to_string()))?;
-        let (plan, count) = (Arc::new(plan), shape.iter().product());
+        let plan = Arc::new(plan);
+        let begun = match &request.picture {
+            None => Trajectory::new(plan, request.seed, shape.iter().product()),
+            Some(picture) => self.begun_with(plan, picture, request, shape)?,
+        };
         let (trajectory, step) = match from {
-            None => (Trajectory::new(plan, request.seed, count), 0),
-            Some(from) => Trajectory::resume(plan, request.seed, count, from)
-                .ok_or_else(|| EngineError::Crashed("a checkpoint that does not fit".to_owned()))?,
+            None => (begun, 0),
+            Some(from) => {
+                begun.resume(from).ok_or_else(|| EngineError::Crashed("a checkpoint that does not fit".to_owned()))?
+            }
         };
         let [_, height, width] = shape;
         Ok(Sample {
             key: BatchKey(format!("{sampler}/{width}x{height}/{}", N::kind(&condition))),
             step,
-            steps: request.steps,
+            steps,
             state: Box::new(State { trajectory, condition, size: request.size }),
         })
+    }
+
+    /// The beginning of a trajectory from a picture. Noise is drawn as diffusers draws it: for the picture's latent, for the trajectory, and, with a mask, for the latent of what stays, which
+    /// only networks of more channels are shown.
+    fn begun_with(
+        &self,
+        plan: Arc<Plan>,
+        picture: &Picture,
+        request: &RenderRequest,
+        [channels, height, width]: Shape,
+    ) -> Result<Trajectory, EngineError> {
+        let vae = self.network.autoencoder();
+        let factor = vae.factor();
+        let (columns, rows) = ((width * factor) as u32, (height * factor) as u32);
+        let fits = |dims: (u32, u32)| dims == (columns, rows);
+        if !fits(picture.image.dimensions()) || !picture.mask.as_ref().is_none_or(|mask| fits(mask.dimensions())) {
+            return Err(EngineError::Crashed("a picture of another size than is to be drawn".to_owned()));
+        }
+        let pixels: Vec<f32> = picture.image.as_raw().iter().map(|byte| f32::from(*byte) / 255.0 * 2.0 - 1.0).collect();
+        let pixels = Tensor::from_vec(pixels, (1, rows as usize, columns as usize, 3), &self.device)?;
+        let encoded = on_pool(|| vae.encode(&pixels))?;
+        let values = |map: &Tensor| map.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>();
+        let (mut noise, mut latent, drawn) =
+            (Noise::new(request.seed), values(&encoded.mean)?, encoded.deviation.is_some());
+        if let Some(deviation) = &encoded.deviation {
+            let drawn = noise.normal(latent.len());
+            let deviations = values(deviation)?;
+            latent.iter_mut().zip(deviations.iter().zip(&drawn)).for_each(|(x, (by, n))| *x += by * n);
+        }
+        let latent = vae.scale(&Tensor::from_vec(latent, (channels, height, width), &self.device)?)?;
+        let cell = |mask: &GrayImage| {
+            let may = |i: usize| mask.get_pixel((i % width * factor) as u32, (i / width * factor) as u32).0[0] >= 128;
+            (0..channels * height * width).map(|i| f32::from(u8::from(may(i % (height * width))))).collect()
+        };
+        let beginning = Beginning {
+            clean: latent.flatten_all()?.to_vec1()?,
+            noise,
+            draws: u32::from(drawn),
+            mask: picture.mask.as_ref().map(cell),
+            whole: picture.strength >= 1.0,
+        };
+        let mut trajectory = Trajectory::from_picture(plan, beginning);
+        if drawn && picture.mask.is_some() {
+            trajectory.skip_draw();
+        }
+        Ok(trajectory)
     }
 
     /// Asks the network once for each, and goes on by its answers. Which are in the middle of a step now.

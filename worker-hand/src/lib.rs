@@ -1,7 +1,8 @@
 //! Hand worker: takes control signals from the queue, renders images, records them.
 //!
 //! Read in this order: [`service`] (the worker), [`places`] (how many tasks it holds), [`engine_loop`] (the thread that steps a running batch),
-//! [`turns`] (who is advanced next), [`profile`] (how many together), [`checkpoints`] (going on after a crash), [`encode`] (image files),
+//! [`turns`] (who is advanced next), [`profile`] (how many together), [`checkpoints`] (going on after a crash), [`encode`] (image files), [`pictures`] (files
+//! that requests bring),
 //! [`latent`], [`noise`], [`samplers`] and [`networks`] (shared by families), [`families`] (the models).
 //!
 //! Deliberately absent: language, and everything that a brain knows.
@@ -13,6 +14,7 @@ pub mod families;
 pub mod latent;
 pub mod networks;
 pub mod noise;
+pub mod pictures;
 mod places;
 pub mod profile;
 pub mod samplers;

@@ -17,12 +17,13 @@ use efferent_proto::{
     names, time,
     v1::{
         Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event,
+        picture_source::Source,
     },
     work,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
-    engine::{EngineError, Hand, RenderRequest},
+    engine::{EngineError, Hand, Picture, RenderRequest},
     intake::{self, IDLE_WAIT},
     lifecycle::{Member, Profile},
     task::{self, Admission, BRISK, Cancellations, Held},
@@ -43,6 +44,7 @@ use crate::{
     checkpoints::Checkpoints,
     encode as files,
     engine_loop::{Checkpoint, EngineLoop, Order, Rules, Update},
+    pictures::{self, File},
     places::{Place, Places},
 };
 
@@ -286,10 +288,14 @@ impl Worker {
             Err(error) => return held.failed(&error).await,
         };
         let request = task.request.clone().unwrap_or_default();
+        let picture = match self.picture(&request).await? {
+            Ok(picture) => picture,
+            Err(error) => return held.failed(&error).await,
+        };
         let (updates, mut heard) = mpsc::unbounded_channel();
         let unwanted = CancellationToken::new();
         self.engine.submit(Order {
-            request: render_request(&request, task.seed, signal),
+            request: render_request(&request, task.seed, signal, picture),
             lane,
             resume,
             preview_interval: request.preview_interval,
@@ -356,6 +362,43 @@ impl Worker {
         }
     }
 
+    /// The picture that a request begins with, if any; errors as those of [`Worker::signal`].
+    async fn picture(
+        &self,
+        request: &GenerateRequest,
+    ) -> efferent_bus::Result<Result<Option<Arc<Picture>>, EngineError>> {
+        let Some(image) = &request.init_image else { return Ok(Ok(None)) };
+        if !self.model.image_to_image || (request.mask.is_some() && !self.model.inpainting) {
+            let message = format!("model {} does not begin with pictures", self.model.name);
+            return Ok(Err(ApiError::new(ErrorCode::NotOffered, message).field("init_image").into()));
+        }
+        let mut files = Vec::new();
+        for (field, source) in [("init_image", Some(image)), ("mask", request.mask.as_ref())] {
+            let hash = match source.and_then(|source| source.source.as_ref()) {
+                None => continue,
+                Some(Source::Data(bytes)) => {
+                    files.push((field, bytes.clone()));
+                    continue;
+                }
+                Some(Source::Hash(hash)) => hash,
+            };
+            match read_object(self.ledger.bus().as_ref(), hash).await? {
+                Some(bytes) => files.push((field, bytes)),
+                None => return Ok(Err(EngineError::Missing(format!("{field} {hash} is not in the object store")))),
+            }
+        }
+        let (size, strength) = (request.size.unwrap_or_default(), pictures::strength(work::strength(request)));
+        let decoded = tokio::task::spawn_blocking(move || {
+            let mut files = files.iter().map(|(field, bytes)| File { field, bytes });
+            let image = files.next().unwrap_or(File { field: "init_image", bytes: &[] });
+            pictures::picture(image, files.next(), size, strength)
+        });
+        Ok(match decoded.await {
+            Ok(picture) => picture.map(|picture| Some(Arc::new(picture))).map_err(EngineError::from),
+            Err(error) => Err(EngineError::Crashed(error.to_string())),
+        })
+    }
+
     /// Passes progress on until the image leaves the engine, and gives its place to another shortly before. What happens before it is written that work has begun is left in `progress`.
     async fn follow(
         &self,
@@ -366,7 +409,7 @@ impl Worker {
         progress: &mut Vec<Event>,
         place: &mut Place,
     ) -> Ending {
-        let (image_index, steps) = (task.image_index, task.request.as_ref().map_or(0, GenerateRequest::steps));
+        let image_index = task.image_index;
         let brisk = tokio::time::sleep(BRISK);
         tokio::pin!(brisk);
         let mut leave_at = None;
@@ -395,8 +438,8 @@ impl Worker {
                     leave_at = Some(Instant::now() + left.saturating_sub(LEAD));
                     continue;
                 }
-                Some(Update::Step(step)) => Event::Step(Step { image_index, step, steps }),
-                Some(Update::Preview(step, picture)) => match files::preview(&picture) {
+                Some(Update::Step { step, steps }) => Event::Step(Step { image_index, step, steps }),
+                Some(Update::Preview { step, steps, picture }) => match files::preview(&picture) {
                     Ok(png) => Event::Preview(Preview { image_index, step, steps, png: png.to_vec().into() }),
                     Err(error) => {
                         tracing::warn!(%error, "no preview");
@@ -442,7 +485,7 @@ impl Worker {
     ) -> efferent_bus::Result<()> {
         metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
         let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
-        let steps = task.request.as_ref().map_or(0, GenerateRequest::steps);
+        let steps = task.request.as_ref().map_or(0, work::steps);
         self.member.done(work::image_units(&size, steps), render_time);
         let file = if picture.as_raw().len() <= MAX_ENCODED_HERE {
             Ok(files::encode(&picture, task))
@@ -489,7 +532,12 @@ impl Worker {
     }
 }
 
-fn render_request(request: &GenerateRequest, seed: u64, signal: Arc<ControlSignal>) -> RenderRequest {
+fn render_request(
+    request: &GenerateRequest,
+    seed: u64,
+    signal: Arc<ControlSignal>,
+    picture: Option<Arc<Picture>>,
+) -> RenderRequest {
     RenderRequest {
         signal,
         size: request.size.unwrap_or_default(),
@@ -497,5 +545,6 @@ fn render_request(request: &GenerateRequest, seed: u64, signal: Arc<ControlSigna
         guidance_scale: request.guidance_scale(),
         seed,
         sampler: request.sampler.clone(),
+        picture,
     }
 }

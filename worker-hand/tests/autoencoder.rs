@@ -31,7 +31,7 @@ fn every_kind_agrees_with_diffusers() {
         let (mean, logvar) = (get("mean", small), get("logvar", small));
         let picture = get("picture", [3, 3, height, width]);
         golden.finish().unwrap();
-        let (got_mean, got_logvar) = network.encode(&x).unwrap();
+        let (got_mean, got_logvar) = network.moments(&x).unwrap();
         let got = network.decode(&latent).unwrap();
         for (what, got, wanted) in
             [("mean", &got_mean, &mean), ("variance", &got_logvar, &logvar), ("picture", &got, &picture)]
@@ -41,7 +41,7 @@ fn every_kind_agrees_with_diffusers() {
         }
         for i in 0..3 {
             let row = |x: &Tensor| x.narrow(0, i, 1).unwrap();
-            assert_eq!(difference(&network.encode(&row(&x)).unwrap().0, &row(&got_mean)), 0.0, "{name}: {i} alone");
+            assert_eq!(difference(&network.moments(&row(&x)).unwrap().0, &row(&got_mean)), 0.0, "{name}: {i} alone");
             assert_eq!(difference(&network.decode(&row(&latent)).unwrap(), &row(&got)), 0.0, "{name}: {i} alone");
         }
         let back = network.unscale(&network.scale(&latent).unwrap()).unwrap();

@@ -144,7 +144,7 @@ impl Rig {
         let (unwanted, released) = (CancellationToken::new(), CancellationToken::new());
         let size = Size { width, height: 1 };
         let (signal, sampler) = (Arc::default(), String::new());
-        let request = RenderRequest { signal, size, steps, guidance_scale: 1.0, seed, sampler };
+        let request = RenderRequest { signal, size, steps, guidance_scale: 1.0, seed, sampler, picture: None };
         let ends = (unwanted.clone(), released.clone());
         let order = Order { request, lane, resume, preview_interval: 2, unwanted: ends.0, released: ends.1, updates };
         self.engine.submit(order);
@@ -168,8 +168,8 @@ async fn story(mut heard: UnboundedReceiver<Update>) -> Vec<String> {
         let update = tokio::time::timeout(Duration::from_secs(20), heard.recv()).await.expect("in time");
         story.push(match update.expect("an end") {
             Update::LastStep(_) => "last step".to_owned(),
-            Update::Step(step) => format!("step {step}"),
-            Update::Preview(step, picture) => format!("preview {step} of {}", picture.height()),
+            Update::Step { step, .. } => format!("step {step}"),
+            Update::Preview { step, picture, .. } => format!("preview {step} of {}", picture.height()),
             Update::Finished(picture, _) => format!("finished {}", picture.width()),
             Update::Failed(error) => format!("failed: {error}"),
             Update::Checkpoint(Checkpoint { step, .. }) => format!("checkpoint {step}"),

@@ -50,7 +50,7 @@ fn schedules_and_trajectories_are_those_of_diffusers() {
     let mut rows = Weights::open_safetensors(&folder.join("golden.safetensors"), &Device::Cpu).unwrap();
     for Case { key, config, sampler, steps, even, mu } in &cases {
         let sampler: Sampler = sampler.parse().unwrap();
-        let plan = Plan::new(&configs[config], sampler, *steps, Flow { even: *even, mu: *mu }).unwrap();
+        let plan = Plan::new(&configs[config], sampler, *steps, 0, Flow { even: *even, mu: *mu }).unwrap();
         let times = values(&format!("{key}/times"), plan.times().len());
         worst.push((difference(plan.times(), &times), format!("{key}/times")));
         if rows.contains(&format!("{key}/levels")) {
@@ -78,7 +78,7 @@ fn schedules_and_trajectories_are_those_of_diffusers() {
             let error = way.latent().iter().zip(wanted).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max) / largest;
             worst.push((error * 1e-6 / LATENTS, format!("{key}/latents at {evaluation}")));
             if way.is_between_steps() {
-                let (resumed, steps) = Trajectory::resume(plan.clone(), 11, COUNT, &way.checkpoint()).unwrap();
+                let (resumed, steps) = Trajectory::new(plan.clone(), 11, COUNT).resume(&way.checkpoint()).unwrap();
                 assert_eq!(steps, done, "{key}");
                 way = resumed;
             }

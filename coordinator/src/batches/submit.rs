@@ -15,7 +15,7 @@ use efferent_proto::{
     items, names, time,
     v1::{
         Batch, BatchHeader, BatchState, ErrorCode, GenerateRequest, ItemError, SubmitBatchRequest, SubmitBatchResponse,
-        submit_batch_request::Part,
+        picture_source::Source, submit_batch_request::Part,
     },
     work,
 };
@@ -334,6 +334,11 @@ impl Batches {
         }
         if !item.tenant.is_empty() {
             return Err(invalid("tenant", "an item has no tenant of its own; the batch has one"));
+        }
+        for (field, source) in [("init_image", &item.init_image), ("mask", &item.mask)] {
+            if source.as_ref().is_some_and(|source| matches!(source.source, Some(Source::Data(_)))) {
+                return Err(invalid(field, "an item tells a picture by its hash: put it with ObjectService"));
+            }
         }
         let model = match self.directory.choose(&item.model, directory::needs(item)) {
             Ok(model) => Some(model),

@@ -160,6 +160,15 @@ pub(crate) struct Generate {
     /// What to keep out of the picture, for models that offer it.
     #[arg(long, value_name = "TEXT")]
     pub(crate) negative: Option<String>,
+    /// A PNG, JPEG or WebP to begin with instead of noise, for models that offer it. Without --size, the picture is as large as this one.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) init_image: Option<PathBuf>,
+    /// How much of --init-image is to change, above 0 up to 1: the share of the steps that are made. Default: 0.8.
+    #[arg(long, value_name = "SHARE", requires = "init_image")]
+    pub(crate) strength: Option<f32>,
+    /// Where --init-image may change, for models that offer it: a picture of which white may, and black stays.
+    #[arg(long, value_name = "FILE", requires = "init_image")]
+    pub(crate) mask: Option<PathBuf>,
     /// Time allowed for all images, above 0 and up to 24h: 90s, 5m. Default: the server's (10m).
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) deadline: Option<Duration>,

@@ -183,8 +183,8 @@ async fn generate(args: &args::Generate, settings: &Settings) -> Result<(), Fail
         }
         return local::private::run(settings, args, &plan, progress).await;
     }
-    let server = Server::parse(if named.is_empty() { client::USUAL } else { named })?;
-    let request = generate::request(args, &settings.client, &plan);
+    let mut server = Server::parse(if named.is_empty() { client::USUAL } else { named })?;
+    let request = generate::request(&mut server, args, &settings.client, &plan).await?;
     if args.quote {
         progress.clear();
         return generate::quote(server, request, args.json).await;

@@ -11,7 +11,7 @@ use efferent_proto::{
     ApiError,
     v1::{ErrorCode, FailureClass, Model, Size},
 };
-use image::RgbImage;
+use image::{GrayImage, RgbImage};
 
 use crate::signal::ControlSignal;
 
@@ -128,6 +128,19 @@ pub struct RenderRequest {
     pub seed: u64,
     /// Sampler by name.
     pub sampler: String,
+    /// What to begin with instead of noise alone. Only for models that offer it.
+    pub picture: Option<Arc<Picture>>,
+}
+
+/// A picture to begin with, of the size that is asked for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Picture {
+    /// The picture.
+    pub image: RgbImage,
+    /// 255 where it may change, 0 where it stays; nothing if it may anywhere.
+    pub mask: Option<GrayImage>,
+    /// The share of the steps that are made, above 0 up to 1.
+    pub strength: f64,
 }
 
 /// Samples with equal keys may be advanced together.

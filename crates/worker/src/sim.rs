@@ -51,6 +51,8 @@ pub fn model() -> Model {
         max_image_count: 16,
         max_prompt_tokens: 512,
         negative_prompt: true,
+        image_to_image: false,
+        inpainting: false,
         size_range: None,
         live_brains: 0,
         live_hands: 0,

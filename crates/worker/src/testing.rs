@@ -63,7 +63,7 @@ pub fn check_hand(hand: &mut dyn Hand, requests: &[RenderRequest]) {
     assert_eq!(done, requests.len());
 
     // A preview changes nothing, and going on from a checkpoint equals never having stopped.
-    for stop in 0..=requests[0].steps {
+    for stop in 0..=begin(hand, &requests[0]).steps {
         let mut sample = begin(hand, &requests[0]);
         for _ in 0..stop {
             step(hand, &mut sample);

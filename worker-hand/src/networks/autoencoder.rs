@@ -16,7 +16,7 @@ use efferent_worker::{
 use serde::Deserialize;
 
 use super::{
-    LatentSpace,
+    Encoded, LatentSpace,
     blocks::{Norm, Residual},
 };
 
@@ -275,7 +275,7 @@ impl Autoencoder {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn encode(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub fn moments(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut x = self.encoder.input.forward(x)?;
         for (blocks, sampler) in &self.encoder.levels {
             for block in blocks {
@@ -291,14 +291,6 @@ impl Autoencoder {
         }
         let half = self.config.latent_channels;
         Ok((x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?.clamp(-30f32, 20f32)?))
-    }
-
-    /// Latents as a denoiser has them: (latent - shift) scale.
-    ///
-    /// # Errors
-    /// If the device has no room.
-    pub fn scale(&self, latent: &Tensor) -> Result<Tensor> {
-        (latent - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
     }
 }
 
@@ -327,6 +319,15 @@ impl LatentSpace for Autoencoder {
             }
         }
         self.decoder.finish(&x)
+    }
+
+    fn encode(&self, picture: &Tensor) -> Result<Encoded> {
+        let (mean, log_variance) = self.moments(picture)?;
+        Ok(Encoded { mean, deviation: Some((log_variance * 0.5)?.exp()?) })
+    }
+
+    fn scale(&self, latent: &Tensor) -> Result<Tensor> {
+        (latent - self.config.shift_factor.unwrap_or(0.0))? * self.config.scaling_factor
     }
 
     fn unscale(&self, latent: &Tensor) -> Result<Tensor> {

@@ -18,7 +18,7 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
-use super::{LatentSpace, blocks::GatedConvolution};
+use super::{Encoded, LatentSpace, blocks::GatedConvolution};
 
 /// A field that is one value for every level, or one for each.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -498,27 +498,6 @@ impl DcAutoencoder {
         }
         Ok(decoder)
     }
-
-    /// Pictures (batch, height, width, channels) in [-1, 1] -> latents (batch, height / factor, width / factor, latent), not scaled.
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
-        let mut x = self.input.forward(x)?;
-        for (blocks, down) in &self.encoder {
-            for block in blocks {
-                x = block.forward(&x)?;
-            }
-            if let Some(down) = down {
-                x = down.forward(&x)?;
-            }
-        }
-        let latent = self.to_latent.forward(&x)?;
-        match self.config.encoder_out_shortcut {
-            true => latent + averaged(&x, x.dim(3)? / self.config.latent_channels)?,
-            false => Ok(latent),
-        }
-    }
 }
 
 impl LatentSpace for DcAutoencoder {
@@ -528,6 +507,24 @@ impl LatentSpace for DcAutoencoder {
 
     fn factor(&self) -> usize {
         1 << (self.config.encoder_block_out_channels.len() - 1)
+    }
+
+    fn encode(&self, picture: &Tensor) -> Result<Encoded> {
+        let mut x = self.input.forward(picture)?;
+        for (blocks, down) in &self.encoder {
+            for block in blocks {
+                x = block.forward(&x)?;
+            }
+            if let Some(down) = down {
+                x = down.forward(&x)?;
+            }
+        }
+        let latent = self.to_latent.forward(&x)?;
+        let mean = match self.config.encoder_out_shortcut {
+            true => (latent + averaged(&x, x.dim(3)? / self.config.latent_channels)?)?,
+            false => latent,
+        };
+        Ok(Encoded { mean, deviation: None })
     }
 
     fn decode(&self, latent: &Tensor) -> Result<Tensor> {
@@ -550,6 +547,10 @@ impl LatentSpace for DcAutoencoder {
             Last::Silu => ops::silu(&x)?,
         };
         self.output.forward(&x)
+    }
+
+    fn scale(&self, latent: &Tensor) -> Result<Tensor> {
+        latent * self.config.scaling_factor
     }
 
     fn unscale(&self, latent: &Tensor) -> Result<Tensor> {

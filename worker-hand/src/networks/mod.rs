@@ -15,6 +15,15 @@ pub mod z_image;
 
 use candle_core::{Result, Tensor};
 
+/// What an encoder makes of pictures, each (batch, height / factor, width / factor, channels).
+#[derive(Debug)]
+pub struct Encoded {
+    /// The latents, or their mean.
+    pub mean: Tensor,
+    /// By how much they deviate from it, if they are drawn.
+    pub deviation: Option<Tensor>,
+}
+
 /// An autoencoder, as the engine of its latents sees it.
 pub trait LatentSpace: Send + Sync + std::fmt::Debug {
     /// Channels of a latent.
@@ -28,6 +37,18 @@ pub trait LatentSpace: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// If shapes do not fit.
     fn decode(&self, latent: &Tensor) -> Result<Tensor>;
+
+    /// Pictures (batch, height, width, 3) in [-1, 1] -> latents, not scaled.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn encode(&self, picture: &Tensor) -> Result<Encoded>;
+
+    /// Latents as a denoiser has them.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    fn scale(&self, latent: &Tensor) -> Result<Tensor>;
 
     /// Back from a denoiser's latents.
     ///

@@ -10,4 +10,4 @@ pub mod trajectory;
 
 pub use efferent_worker::pipeline::scheduler::{Config, Error, Sampler};
 pub use schedule::{Flow, Plan};
-pub use trajectory::Trajectory;
+pub use trajectory::{Beginning, Trajectory};

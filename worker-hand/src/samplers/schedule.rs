@@ -60,12 +60,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans so many steps.
+    /// Plans so many steps, of which the first `skipped` are not made.
     ///
     /// # Errors
     /// If the configuration is not one for the sampler, or the sampler cannot make so many steps.
-    pub fn new(config: &Config, sampler: Sampler, steps: usize, flow: Flow) -> Result<Self, Error> {
-        if steps == 0 {
+    pub fn new(config: &Config, sampler: Sampler, steps: usize, skipped: usize, flow: Flow) -> Result<Self, Error> {
+        if steps <= skipped {
             return Err(Error("there must be at least one step".to_owned()));
         }
         let known = config.samplers();
@@ -73,19 +73,55 @@ impl Plan {
             let names = known.iter().map(|s| s.name()).collect::<Vec<_>>().join(", ");
             return Err(Error(format!("{sampler} does not fit a {}; {names} do", config.class)));
         }
-        let plan = Planner { config, sampler, steps, train: config.count("num_train_timesteps", 1000)? };
-        if plan.train == 0 || plan.train > 100_000 {
-            return Err(Error(format!("num_train_timesteps cannot be {}", plan.train)));
+        let planner = Planner { config, sampler, steps, skipped, train: config.count("num_train_timesteps", 1000)? };
+        if planner.train == 0 || planner.train > 100_000 {
+            return Err(Error(format!("num_train_timesteps cannot be {}", planner.train)));
         }
-        if steps > plan.train {
-            return Err(Error(format!("{steps} steps are more than the {} of training", plan.train)));
+        if steps > planner.train {
+            return Err(Error(format!("{steps} steps are more than the {} of training", planner.train)));
         }
-        match sampler {
-            Sampler::Euler if config.is_flow() => plan.flow(flow),
-            Sampler::Euler | Sampler::EulerAncestral | Sampler::Heun => plan.sigmas(),
-            Sampler::DpmPp2m | Sampler::DpmPp2mKarras | Sampler::UniPc => plan.multistep(flow),
-            Sampler::Ddim | Sampler::Pndm | Sampler::Lcm => plan.alphas(),
-            Sampler::Scm => plan.angles(),
+        let plan = match sampler {
+            Sampler::Euler if config.is_flow() => planner.flow(flow),
+            Sampler::Euler | Sampler::EulerAncestral | Sampler::Heun => planner.sigmas(),
+            Sampler::DpmPp2m | Sampler::DpmPp2mKarras | Sampler::UniPc => planner.multistep(flow),
+            Sampler::Ddim | Sampler::Pndm | Sampler::Lcm => planner.alphas(),
+            Sampler::Scm => planner.angles(),
+        };
+        Ok(plan?.without(skipped))
+    }
+
+    /// Without its first steps.
+    fn without(mut self, steps: usize) -> Self {
+        let evaluations = match &mut self.rule {
+            Rule::Heun { .. } => 2 * steps,
+            // Its planner has left them out.
+            Rule::Pndm => 0,
+            Rule::UniPc { uncorrected, .. } => {
+                *uncorrected = uncorrected.iter().filter_map(|step| step.checked_sub(steps)).collect();
+                steps
+            }
+            _ => steps,
+        };
+        self.times.drain(..evaluations);
+        self.spans.drain(..evaluations);
+        self
+    }
+
+    /// The shares of a clean latent and of noise in one that is ready for this evaluation.
+    pub(super) fn noised(&self, evaluation: usize) -> (f64, f64) {
+        let (level, next) = self.spans[evaluation];
+        let power = |alpha: f64| (alpha.sqrt(), (1.0 - alpha).sqrt());
+        match self.rule {
+            Rule::Euler | Rule::Ancestral => (1.0, level),
+            Rule::Heun { .. } => (1.0, if evaluation.is_multiple_of(2) { level } else { next }),
+            Rule::Ddim { .. } | Rule::Lcm { .. } => power(level),
+            Rule::Pndm => power(if evaluation == 1 { next } else { level }),
+            Rule::Dpm { .. } | Rule::UniPc { .. } if !self.flow => {
+                let alpha = 1.0 / (level * level + 1.0).sqrt();
+                (alpha, level * alpha)
+            }
+            Rule::Dpm { .. } | Rule::UniPc { .. } | Rule::Flow { .. } => (1.0 - level, level),
+            Rule::Scm => (level.cos(), level.sin()),
         }
     }
 
@@ -128,6 +164,7 @@ struct Planner<'a> {
     config: &'a Config,
     sampler: Sampler,
     steps: usize,
+    skipped: usize,
     /// Times of training.
     train: usize,
 }
@@ -371,6 +408,8 @@ impl Planner<'_> {
                 if let Some(second) = times.get(1).copied() {
                     times.insert(1, second);
                 }
+                // As diffusers does it: whatever is first and second is treated so.
+                times.drain(..self.skipped);
                 let span = |i: usize, time: i64| {
                     if i == 1 { (at((time + stride).min(self.train as i64 - 1)), at(time)) } else { back(time) }
                 };

@@ -19,6 +19,31 @@ pub struct Trajectory {
     noise: Noise,
     /// Latents of noise that were drawn, the first included.
     draws: u32,
+    /// What is not to change.
+    stays: Option<KeptPart>,
+}
+
+/// What a picture is begun with instead of noise alone.
+#[derive(Debug)]
+pub struct Beginning {
+    /// Its latent, clean.
+    pub clean: Vec<f32>,
+    /// The stream of noise that `clean` was drawn from, if it was, and how many latents of noise that took.
+    pub noise: Noise,
+    /// See `noise`.
+    pub draws: u32,
+    /// 1 where the picture may change, 0 where it stays; nothing if it may anywhere.
+    pub mask: Option<Vec<f32>>,
+    /// Whether, with a mask, all steps are made: then nothing of the clean latent is in what it begins with.
+    pub whole: bool,
+}
+
+/// The part of a picture that stays: put back after every evaluation, as noisy as the rest.
+#[derive(Debug)]
+struct KeptPart {
+    clean: Vec<f32>,
+    noise: Vec<f32>,
+    mask: Vec<f32>,
 }
 
 impl Trajectory {
@@ -27,7 +52,25 @@ impl Trajectory {
         let mut noise = Noise::new(seed);
         let initial = plan.initial;
         let latent = noise.normal(count).into_iter().map(|value| value * initial).collect();
-        Self { plan, done: 0, latent, kept: Vec::new(), clean: Vec::new(), noise, draws: 1 }
+        Self { plan, done: 0, latent, kept: Vec::new(), clean: Vec::new(), noise, draws: 1, stays: None }
+    }
+
+    /// From a picture, by the steps that the plan has left.
+    pub fn from_picture(plan: Arc<Plan>, beginning: Beginning) -> Self {
+        let Beginning { clean, mut noise, mut draws, mask, whole } = beginning;
+        let drawn = noise.normal(clean.len());
+        draws += 1;
+        let latent = match mask.is_some() && whole {
+            true => drawn.iter().map(|value| value * plan.initial).collect(),
+            false => noised(&plan, 0, &clean, &drawn),
+        };
+        let stays = mask.map(|mask| KeptPart { clean, noise: drawn, mask });
+        Self { plan, done: 0, latent, kept: Vec::new(), clean: Vec::new(), noise, draws, stays }
+    }
+
+    /// Another latent of noise is drawn and not used.
+    pub fn skip_draw(&mut self) {
+        self.draw();
     }
 
     /// Whether there is nothing left to evaluate.
@@ -137,6 +180,14 @@ impl Trajectory {
             Rule::UniPc { .. } => self.unipc(&plan, output),
         }
         self.done += 1;
+        if let Some(KeptPart { clean, noise, mask }) = &self.stays {
+            let old = match self.done < plan.times.len() {
+                true => noised(&plan, self.done, clean, noise),
+                false => clean.clone(),
+            };
+            let changed = self.latent.iter().zip(&old).zip(mask);
+            self.latent = changed.map(|((new, old), mask)| (1.0 - mask) * old + mask * new).collect();
+        }
         plan.completes(at)
     }
 
@@ -274,13 +325,15 @@ impl Trajectory {
         numbers.iter().flat_map(|n| n.to_le_bytes()).chain(values.flat_map(|v| v.to_le_bytes())).collect()
     }
 
-    /// Goes on from a checkpoint of a trajectory of the same plan, seed and count, and tells how many steps are done; nothing if it is not one.
-    pub fn resume(plan: Arc<Plan>, seed: u64, count: usize, from: &[u8]) -> Option<(Self, u32)> {
+    /// Goes on from a checkpoint of a trajectory that was like this one at its beginning, and tells how many steps are done; nothing if it is not one.
+    pub fn resume(self, from: &[u8]) -> Option<(Self, u32)> {
+        let Self { plan, latent, mut noise, draws: first, stays, .. } = self;
+        let count = latent.len();
         let (words, rest) = from.as_chunks::<4>();
         let (numbers, values) = words.split_first_chunk::<3>()?;
         let [done, draws, kept] = numbers.map(u32::from_le_bytes);
         let done = usize::try_from(done).ok().filter(|done| *done <= plan.times.len())?;
-        let fits = kept as usize == plan.remembered(done) && (1..=done + 1).contains(&(draws as usize));
+        let fits = kept as usize == plan.remembered(done) && (first..=first + done as u32).contains(&draws);
         if !rest.is_empty() || !fits || count == 0 || values.len() != count * (kept as usize + 1) {
             return None;
         }
@@ -288,14 +341,20 @@ impl Trajectory {
         if values.iter().any(|value| !value.is_finite()) {
             return None;
         }
-        let mut noise = Noise::new(seed);
-        (0..draws).for_each(|_| drop(noise.normal(count)));
+        (first..draws).for_each(|_| drop(noise.normal(count)));
         let mut parts = values.chunks_exact(count).map(<[f32]>::to_vec);
         let latent = parts.next()?;
         let steps = (0..done).filter(|evaluation| plan.completes(*evaluation)).count() as u32;
-        let trajectory = Self { plan, done, latent, kept: parts.collect(), clean: Vec::new(), noise, draws };
+        let kept = parts.collect();
+        let trajectory = Self { plan, done, latent, kept, clean: Vec::new(), noise, draws, stays };
         trajectory.is_between_steps().then_some((trajectory, steps))
     }
+}
+
+/// A clean latent with as much noise as is right for an evaluation.
+fn noised(plan: &Plan, evaluation: usize, clean: &[f32], noise: &[f32]) -> Vec<f32> {
+    let (signal, level) = plan.noised(evaluation);
+    mix(&[(signal, clean), (level, noise)])
 }
 
 /// The length of (signal, noise) where the share of noise is `u`: what a latent of unit length is multiplied by there.

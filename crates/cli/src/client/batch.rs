@@ -109,7 +109,7 @@ fn parse(name: &str, text: &str, model: &str) -> Result<Vec<GenerateRequest>, Fa
 }
 
 /// Has a server keep a file. Its hash.
-async fn put(server: &mut Server, file: Vec<u8>) -> Result<String, Failure> {
+pub(crate) async fn put(server: &mut Server, file: Vec<u8>) -> Result<String, Failure> {
     let file = Bytes::from(file);
     let mut attempts = 0;
     loop {

@@ -1,16 +1,19 @@
 //! `efferent generate`: submits a request, follows its job, writes its pictures.
 
-use std::future::Future;
+use std::{future::Future, path::Path};
 
 use efferent_proto::{
     ApiError, names, time,
-    v1::{CancelJobRequest, GenerateRequest, GetImageRequest, Image, JobEvent, job_event::Event},
+    v1::{
+        CancelJobRequest, GenerateRequest, GetImageRequest, Image, JobEvent, PictureSource, job_event::Event,
+        picture_source::Source,
+    },
 };
 use tokio::signal::ctrl_c;
 
 use crate::{
     args,
-    client::{Server, files::Plan, follow::Follow, images, json, progress::Progress},
+    client::{Server, batch, files::Plan, follow::Follow, images, json, progress::Progress},
     exit::{Exit, Failure},
     output, settings,
 };
@@ -18,8 +21,16 @@ use crate::{
 /// How long to wait for a cancellation's answer after Ctrl-C.
 const CANCEL_PATIENCE: std::time::Duration = std::time::Duration::from_secs(5);
 
-/// The request that was typed.
-pub(crate) fn request(args: &args::Generate, settings: &settings::Client, plan: &Plan) -> GenerateRequest {
+/// The request that was typed; the files that it names are put into the server's object store.
+///
+/// # Errors
+/// If a file cannot be read, or the server does not take it.
+pub(crate) async fn request(
+    server: &mut Server,
+    args: &args::Generate,
+    settings: &settings::Client,
+    plan: &Plan,
+) -> Result<GenerateRequest, Failure> {
     // A key of our own makes it safe to send the request again when an answer is lost.
     let key = args.idempotency_key.clone().unwrap_or_else(|| format!("cli-{}", names::new_job_id()));
     let mut request = GenerateRequest {
@@ -39,11 +50,22 @@ pub(crate) fn request(args: &args::Generate, settings: &settings::Client, plan: 
         preview_interval: args.preview_interval,
         sampler: args.sampler.clone().unwrap_or_default(),
         inline_images: !args.detach,
+        init_image: picture(server, args.init_image.as_deref()).await?,
+        strength: args.strength,
+        mask: picture(server, args.mask.as_deref()).await?,
         ..Default::default()
     };
     request.set_format(plan.format.proto());
     request.set_lane(args.lane.proto());
-    request
+    Ok(request)
+}
+
+async fn picture(server: &mut Server, path: Option<&Path>) -> Result<Option<PictureSource>, Failure> {
+    let Some(path) = path else { return Ok(None) };
+    let context = |error| anyhow::Error::new(error).context(format!("cannot read {}", path.display()));
+    let file = std::fs::read(path).map_err(|error| Failure::new(Exit::File, context(error)))?;
+    let hash = batch::put(server, file).await?;
+    Ok(Some(PictureSource { source: Some(Source::Hash(hash)) }))
 }
 
 /// Prints how long a request would take.

@@ -6,7 +6,8 @@ use efferent_proto::{
     time,
     v1::{
         Error, ErrorCode, GenerateRequest, GetStatusResponse, Image, ImageFormat, Job, JobEvent, JobState, Lane, Model,
-        Quotation, Signal, Size, Worker, WorkerRole, WorkerState, job_event::Event,
+        PictureSource, Quotation, Signal, Size, Worker, WorkerRole, WorkerState, job_event::Event,
+        picture_source::Source,
     },
 };
 use serde_json::{Map, Value, json};
@@ -51,6 +52,14 @@ pub(crate) fn size(size: &Size) -> String {
     format!("{}x{}", size.width, size.height)
 }
 
+/// The hash of a picture that a request refers to.
+fn picture(source: Option<&PictureSource>) -> Option<&str> {
+    match &source?.source {
+        Some(Source::Hash(hash)) => Some(hash),
+        _ => None,
+    }
+}
+
 /// A request.
 pub(crate) fn request(request: &GenerateRequest) -> Value {
     json!({
@@ -70,6 +79,9 @@ pub(crate) fn request(request: &GenerateRequest) -> Value {
         "sampler": request.sampler,
         "signal_id": Some(&request.signal_id).filter(|id| !id.is_empty()),
         "seeds": Some(&request.seeds).filter(|seeds| !seeds.is_empty()),
+        "init_image": picture(request.init_image.as_ref()),
+        "strength": request.strength,
+        "mask": picture(request.mask.as_ref()),
     })
 }
 
@@ -205,6 +217,8 @@ pub(crate) fn model(model: &Model) -> Value {
         "max_image_count": model.max_image_count,
         "max_prompt_tokens": model.max_prompt_tokens,
         "negative_prompt": model.negative_prompt,
+        "image_to_image": model.image_to_image,
+        "inpainting": model.inpainting,
         "live_brains": model.live_brains,
         "live_hands": model.live_hands,
     })

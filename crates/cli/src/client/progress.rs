@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use efferent_proto::v1::{GenerateRequest, JobEvent, job_event::Event};
+use efferent_proto::{
+    v1::{GenerateRequest, JobEvent, job_event::Event},
+    work,
+};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::{
@@ -54,7 +57,7 @@ impl Progress {
             Some(Event::Accepted(accepted)) => {
                 let request = accepted.request.as_ref();
                 self.images = request.map_or(1, GenerateRequest::image_count).max(1).into();
-                let steps = u64::from(request.map_or(0, GenerateRequest::steps));
+                let steps = u64::from(request.map_or(0, work::steps));
                 self.bar.set_length(steps * self.images);
                 self.stage("accepted");
             }

@@ -92,7 +92,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         format!("; any of sides {} to {} that are multiples of {}", range.min_side, range.max_side, range.multiple)
     });
     output::line(format_args!(
-        "sizes: {}{range}\nsamplers: {}\nsteps: {} (up to {}), guidance: {} (up to {}), prompt: up to {} tokens, negative prompt: {}",
+        "sizes: {}{range}\nsamplers: {}\nsteps: {} (up to {}), guidance: {} (up to {}), prompt: up to {} tokens, negative prompt: {}, image to image: {}, inpainting: {}",
         sizes.join(", "),
         model.samplers.join(", "),
         model.default_steps,
@@ -100,8 +100,14 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         model.default_guidance_scale,
         model.max_guidance_scale,
         model.max_prompt_tokens,
-        if model.negative_prompt { "yes" } else { "no" },
+        yes(model.negative_prompt),
+        yes(model.image_to_image),
+        yes(model.inpainting),
     ))
+}
+
+fn yes(offered: bool) -> &'static str {
+    if offered { "yes" } else { "no" }
 }
 
 struct Part {

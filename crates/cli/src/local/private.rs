@@ -51,7 +51,7 @@ pub(crate) async fn run(
         failure = services.broken() => return Err(failure),
     }
     let client = Client { model: engines.name().to_owned(), ..settings.client.clone() };
-    let request = generate::request(args, &client, plan);
+    let request = generate::request(&mut server, args, &client, plan).await?;
     let follow = Follow::submit(server, request);
     progress.stage("submitting");
     generate::run(follow, args, plan, progress, services.broken()).await

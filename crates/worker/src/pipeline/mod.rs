@@ -144,6 +144,12 @@ pub struct Offers {
     pub max_prompt_tokens: u32,
     /// Whether `negative_prompt` may be set.
     pub negative_prompt: bool,
+    /// Whether `init_image` may be set.
+    #[serde(default)]
+    pub image_to_image: bool,
+    /// Whether `mask` may be set as well.
+    #[serde(default)]
+    pub inpainting: bool,
 }
 
 /// Sizes of pictures by rule.
@@ -396,6 +402,8 @@ impl Pipeline {
             max_image_count: offers.max_image_count,
             max_prompt_tokens: offers.max_prompt_tokens,
             negative_prompt: offers.negative_prompt,
+            image_to_image: offers.image_to_image,
+            inpainting: offers.inpainting,
             size_range: offers.size_range.as_ref().map(|range| SizeRange {
                 multiple: range.multiple,
                 min_side: range.min_side,

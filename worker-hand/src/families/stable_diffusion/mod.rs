@@ -100,6 +100,10 @@ impl Network for StableDiffusion {
         Ok(Condition { context, added, guidance })
     }
 
+    fn made(&self, steps: f64, strength: f64) -> f64 {
+        (steps * strength).trunc().min(steps)
+    }
+
     fn kind(condition: &Condition) -> String {
         let dims = condition.context.dims();
         format!("{}/{}", dims[0], dims[1])

@@ -39,6 +39,9 @@ pub(super) struct Described {
     pub(super) samplers: Vec<scheduler::Sampler>,
     pub(super) max_prompt_tokens: u32,
     pub(super) negative_prompt: bool,
+    /// Whether diffusers has the pipeline in a form that begins with a picture, and in one that changes a part of it.
+    pub(super) image_to_image: bool,
+    pub(super) inpainting: bool,
 }
 
 /// A size that is one number for both sides, or height and width.
@@ -99,6 +102,8 @@ fn unet_pipeline(
         samplers: scheduler.samplers(),
         max_prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
         negative_prompt: true,
+        image_to_image: true,
+        inpainting: true,
     })
 }
 
@@ -188,6 +193,8 @@ fn flux(folder: &Folder<'_>) -> Result<Described, Error> {
         samplers: folder.scheduler()?.samplers(),
         max_prompt_tokens: FLUX_TOKENS,
         negative_prompt: false,
+        image_to_image: true,
+        inpainting: true,
     })
 }
 
@@ -252,6 +259,8 @@ fn stable_diffusion_3(folder: &Folder<'_>) -> Result<Described, Error> {
         samplers: folder.scheduler()?.samplers(),
         max_prompt_tokens: if t5 { SD3_TOKENS } else { u32::try_from(tokens).unwrap_or(u32::MAX) },
         negative_prompt: true,
+        image_to_image: true,
+        inpainting: true,
     })
 }
 
@@ -293,6 +302,8 @@ fn z_image(folder: &Folder<'_>) -> Result<Described, Error> {
         samplers: folder.scheduler()?.samplers(),
         max_prompt_tokens: Z_IMAGE_TOKENS,
         negative_prompt: true,
+        image_to_image: true,
+        inpainting: true,
     })
 }
 
@@ -348,5 +359,7 @@ fn sana_of(folder: &Folder<'_>, schedulers: &[&str], sprint: bool) -> Result<Des
         samplers: folder.scheduler()?.samplers(),
         max_prompt_tokens: SANA_TOKENS,
         negative_prompt: !sprint,
+        image_to_image: sprint,
+        inpainting: false,
     })
 }

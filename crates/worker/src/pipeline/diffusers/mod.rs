@@ -116,6 +116,8 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         max_image_count: MAX_IMAGES,
         max_prompt_tokens: described.max_prompt_tokens,
         negative_prompt: described.negative_prompt,
+        image_to_image: described.image_to_image,
+        inpainting: described.inpainting,
     };
     let model = model_name(path);
     let manifest = Manifest {

@@ -1,0 +1,186 @@
+//! Checkpoints of `tests/checkpoints`, and comparison with what diffusers computed with them.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use candle_core::{Device, Tensor};
+use efferent_brain::families as brains;
+use efferent_hand::{
+    families as hands,
+    pictures::{self, File},
+};
+use efferent_proto::v1::Size;
+use efferent_worker::{
+    engine::{Brain, EmbedRequest, Hand, RenderRequest},
+    pipeline::Pipeline,
+    signal,
+};
+use image::{ImageFormat, RgbImage};
+
+/// Prompts of the golden tensors.
+pub const PROMPTS: [&str; 3] = [
+    "a red apple",
+    "Two cats, 3 dögs & an owl's nest — 苹果!  (8k)",
+    "the quick brown fox jumps over the lazy dog while it's raining and we've 42 reasons to stay at home tonight",
+];
+/// And what they are to keep out.
+pub const NEGATIVE: &str = "blurry, low quality";
+/// Largest difference of a joint, relative to the largest value of it, or to 1.
+pub const TOLERANCE: f32 = 1e-4;
+
+/// Where a checkpoint is.
+pub fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("checkpoints").join(name)
+}
+
+/// Where models compute: on the CPU, or what `EFFERENT_TEST_DEVICE` says (`cuda:0`, `metal:0`), of a build with that feature.
+pub fn device() -> Device {
+    let Ok(name) = std::env::var("EFFERENT_TEST_DEVICE") else { return Device::Cpu };
+    match name.split_once(':').map(|(kind, number)| (kind, number.parse())) {
+        Some(("cuda", Ok(number))) => Device::new_cuda(number).expect("is there"),
+        Some(("metal", Ok(number))) => Device::new_metal(number).expect("is there"),
+        _ => panic!("EFFERENT_TEST_DEVICE is {name:?}; cuda:0 and metal:0 are such devices"),
+    }
+}
+
+/// A checkpoint with its engines.
+pub fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
+    let pipeline = Pipeline::open(&folder(name)).expect("is there");
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), device())().expect("is there");
+    let hand = hands::factory(&pipeline, device())().expect("is there");
+    (pipeline, brain, hand)
+}
+
+/// What diffusers computed.
+#[derive(Debug)]
+pub struct Golden(std::collections::HashMap<String, (Vec<usize>, Vec<f32>)>);
+
+impl Golden {
+    /// What diffusers computed with a checkpoint.
+    pub fn open(name: &str) -> Self {
+        Self::read(name, "golden.safetensors")
+    }
+
+    /// From a file of the checkpoint.
+    pub fn read(name: &str, file: &str) -> Self {
+        let bytes = std::fs::read(folder(name).join(file)).expect("is there");
+        let tensors = candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).expect("is there");
+        let values = |tensor: Tensor| {
+            (tensor.dims().to_vec(), tensor.flatten_all().expect("is there").to_vec1().expect("is there"))
+        };
+        Self(tensors.into_iter().map(|(key, tensor)| (key, values(tensor))).collect())
+    }
+
+    /// A tensor.
+    pub fn values(&self, key: &str) -> &[f32] {
+        &self.0.get(key).unwrap_or_else(|| panic!("no {key}")).1
+    }
+
+    /// Whether there is such a tensor.
+    pub fn has(&self, key: &str) -> bool {
+        self.0.contains_key(key)
+    }
+
+    /// Pixels of a picture.
+    pub fn size(&self, key: &str) -> Size {
+        let dims = &self.0.get(key).unwrap_or_else(|| panic!("no {key}")).0;
+        Size { width: dims[1] as u32, height: dims[0] as u32 }
+    }
+}
+
+/// Largest difference, relative to the largest value, or to 1.
+pub fn difference(got: &[f32], wanted: &[f32]) -> f32 {
+    assert_eq!(got.len(), wanted.len(), "another number of values");
+    let largest = wanted.iter().fold(1f32, |most, value| most.max(value.abs()));
+    got.iter().zip(wanted).map(|(g, w)| (g - w).abs()).fold(0.0, f32::max) / largest
+}
+
+/// Largest difference of two pictures, of 255.
+pub fn steps_apart(got: &RgbImage, wanted: &[f32]) -> f32 {
+    assert_eq!(got.as_raw().len(), wanted.len());
+    got.as_raw().iter().zip(wanted).map(|(g, w)| (f32::from(*g) - w).abs()).fold(0.0, f32::max)
+}
+
+/// What a brain makes of a prompt.
+pub fn embed(brain: &mut dyn Brain, prompt: &str, negative: &str) -> Arc<signal::ControlSignal> {
+    let request = EmbedRequest { prompt: prompt.to_owned(), negative_prompt: negative.to_owned() };
+    Arc::new(brain.embed(&[request]).remove(0).expect("is there"))
+}
+
+/// Largest errors of a checkpoint, by joint.
+#[derive(Debug, Default)]
+pub struct Errors {
+    /// Of states of a text.
+    pub states: f32,
+    /// Of pooled vectors.
+    pub pooled: f32,
+    /// Of latents between steps.
+    pub latents: f32,
+    /// Of pictures, of 255.
+    pub image: f32,
+}
+
+/// Renders as diffusers did and compares every latent between steps, and the picture.
+pub fn compare(hand: &mut dyn Hand, golden: &Golden, key: &str, request: &RenderRequest, errors: &mut Errors) {
+    let wanted = golden.values(&format!("{key}.latents"));
+    let mut sample = hand.begin(request).expect("is there");
+    let count = (hand.checkpoint(&sample).expect("is there").len() - 12) / 4;
+    let evaluations = wanted.len() / count;
+    // A sampler whose first step asks twice has one latent more than steps; Heun's has two for each but the last.
+    let steps = sample.steps as usize;
+    let at = |step: usize| {
+        if request.sampler == "heun" { (2 * step + 1).min(evaluations - 1) } else { step + evaluations - steps }
+    };
+    for step in 0..steps {
+        hand.step(&mut [&mut sample]).remove(0).expect("is there");
+        let checkpoint = hand.checkpoint(&sample).expect("is there");
+        let latent: Vec<f32> =
+            checkpoint[12..12 + 4 * count].as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let from = at(step) * count;
+        let error = difference(&latent, &wanted[from..from + count]);
+        assert!(error <= TOLERANCE, "{key}: the latent after step {} differs by {error}", step + 1);
+        errors.latents = errors.latents.max(error);
+    }
+    hand.preview(&sample).expect("is there");
+    let picture = hand.finish(sample).expect("is there");
+    let apart = steps_apart(&picture, golden.values(&format!("{key}.image")));
+    assert!(apart <= 1.0, "{key}: the picture differs by {apart}/255");
+    errors.image = errors.image.max(apart);
+}
+
+/// What a hand does that begins with a picture or changes a part of one, compared with diffusers; nothing if the checkpoint has no such goldens.
+pub fn begun(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<Errors> {
+    folder(name).join("pictures.safetensors").exists().then_some(())?;
+    let golden = Golden::read(name, "pictures.safetensors");
+    let (mut errors, size) = (Errors::default(), golden.size("init"));
+    let file = |key: &str| {
+        let bytes = golden.values(key).iter().map(|value| *value as u8).collect();
+        let picture = RgbImage::from_raw(size.width, size.height, bytes).expect("is there");
+        let mut file = std::io::Cursor::new(Vec::new());
+        picture.write_to(&mut file, ImageFormat::Png).expect("is there");
+        file.into_inner()
+    };
+    let (image, mask) = (file("init"), file("mask"));
+    let (image, mask) = (File { field: "init_image", bytes: &image }, File { field: "mask", bytes: &mask });
+    let usual = brain.spec().model.samplers[0].clone();
+    let mut keys: Vec<&str> = golden.0.keys().filter_map(|key| key.strip_suffix(".latents")).collect();
+    keys.sort_unstable();
+    for key in keys {
+        let (kind, how) = key.split_once('.').expect("is there");
+        let (strength, sampler) = how.parse().map_or((0.6, how.to_owned()), |strength: f64| (strength, usual.clone()));
+        let mask = (kind == "partly").then_some(mask);
+        let request = RenderRequest {
+            signal: embed(brain, PROMPTS[0], ""),
+            size,
+            steps: 5,
+            guidance_scale: if name.starts_with("flux") { 3.5 } else { 4.0 },
+            seed: 60,
+            sampler,
+            picture: Some(Arc::new(pictures::picture(image, mask, size, strength).expect("is there"))),
+        };
+        compare(hand, &golden, key, &request, &mut errors);
+    }
+    Some(errors)
+}
