@@ -17,7 +17,10 @@ mod watch;
 use std::{
     collections::HashMap,
     error::Error as _,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -29,7 +32,7 @@ use async_nats::{
         context::{PublishError, PublishErrorKind},
         kv::{Operation, Store},
         message::{OutboundMessage, PublishMessage},
-        stream::{self, DiscardPolicy, RetentionPolicy, StorageType, Stream},
+        stream::{self, DirectGetErrorKind, DiscardPolicy, RetentionPolicy, StorageType, Stream},
     },
 };
 use async_trait::async_trait;
@@ -55,6 +58,10 @@ const PING: Duration = Duration::from_secs(5);
 /// Chunks on their way at once.
 const WINDOW: usize = 8;
 const CONSUMER: &str = "workers";
+/// Bytes that a process publishes to a queue before it renews the queue's anchor: several of them in a block of the server's, which has 4 MiB.
+const ANCHOR_EVERY: usize = 512 * 1024;
+/// Messages in a queue's stream that are not tasks.
+const ANCHORS: u64 = 1;
 /// Most workers that wait for tasks of one queue at once.
 const MAX_WAITING: i64 = 16_384;
 const CHUNKS: &str = "Efferent-Chunks";
@@ -104,6 +111,8 @@ struct Queue {
     stream: Stream,
     consumer: PullConsumer,
     spec: QueueSpec,
+    /// Bytes published since the anchor was renewed.
+    published: Arc<AtomicUsize>,
 }
 
 fn fault<E: std::error::Error + Send + Sync + 'static>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
@@ -163,6 +172,19 @@ impl Nats {
 
     fn subject(&self, queue: &str, job: &str) -> String {
         format!("{}.queue.{queue}.{job}", self.options.prefix)
+    }
+
+    fn anchor_subject(&self, queue: &str) -> String {
+        format!("{}.anchor.{queue}", self.options.prefix)
+    }
+
+    /// Has one message stay in a queue's newest block of storage, which no consumer is given. Without it, the server would make a file and delete one each
+    /// time that the last task is done: on a queue that is mostly empty, for each task.
+    fn anchor(&self, queue: &str) -> impl Future<Output = std::result::Result<(), PublishError>> + Send + 'static {
+        let (context, subject) = (self.context.clone(), self.anchor_subject(queue));
+        // The one before it goes.
+        let publish = PublishMessage::build().header(async_nats::header::NATS_ROLLUP, "sub");
+        async move { context.send_publish(subject, publish).await?.await.map(drop) }
     }
 
     async fn send(&self, message: OutboundMessage) -> std::result::Result<u64, PublishError> {
@@ -227,11 +249,12 @@ impl Bus for Nats {
         check_queue(&spec.name)?;
         let config = stream::Config {
             name: format!("{}-queue-{}", self.options.prefix, spec.name.replace('.', "_")),
-            subjects: vec![self.subject(&spec.name, "*")],
+            subjects: vec![self.subject(&spec.name, "*"), self.anchor_subject(&spec.name)],
             retention: RetentionPolicy::WorkQueue,
             storage: StorageType::File,
             discard: DiscardPolicy::New,
-            max_messages: i64::try_from(spec.capacity).unwrap_or(i64::MAX),
+            max_messages: i64::try_from(spec.capacity.saturating_add(ANCHORS)).unwrap_or(i64::MAX),
+            allow_rollup: true,
             num_replicas: self.options.replicas,
             duplicate_window: DUPLICATE_WINDOW,
             allow_direct: true,
@@ -240,6 +263,7 @@ impl Bus for Nats {
         let stream = make_stream(&self.context, config).await?;
         let wanted = consumer::pull::Config {
             durable_name: Some(CONSUMER.to_owned()),
+            filter_subject: self.subject(&spec.name, "*"),
             ack_policy: AckPolicy::Explicit,
             ack_wait: spec.lease,
             deliver_policy: DeliverPolicy::All,
@@ -257,6 +281,7 @@ impl Bus for Nats {
         let got = &consumer.cached_info().config;
         let differs = [
             ("ack_policy", got.ack_policy != wanted.ack_policy),
+            ("filter_subject", got.filter_subject != wanted.filter_subject),
             ("ack_wait", got.ack_wait != wanted.ack_wait),
             ("deliver_policy", got.deliver_policy != wanted.deliver_policy),
             ("max_deliver", got.max_deliver > 0),
@@ -266,7 +291,14 @@ impl Bus for Nats {
             ("max_waiting", got.max_waiting != wanted.max_waiting),
         ];
         refuse_differences("consumer of queue", &spec.name, &differs)?;
-        let queue = Queue { stream, consumer, spec: spec.clone() };
+        match self.anchor(&spec.name).await {
+            // A full queue has its anchor.
+            Err(error) if !is_full(&error) => {
+                return Err(Error::unavailable(format!("anchoring queue {}", spec.name), error));
+            }
+            _ => {}
+        }
+        let queue = Queue { stream, consumer, spec: spec.clone(), published: Arc::default() };
         self.queues.write().unwrap_or_else(PoisonError::into_inner).insert(spec.name.clone(), queue);
         Ok(())
     }
@@ -275,6 +307,11 @@ impl Bus for Nats {
         check_length("task", task.payload.len(), MAX_MESSAGE)?;
         check_key(&task.job)?;
         let known = self.queue(queue)?;
+        if known.published.fetch_add(task.payload.len(), Ordering::Relaxed) > ANCHOR_EVERY {
+            known.published.store(0, Ordering::Relaxed);
+            // Should it fail, the queue is only slower: a full one has no room for it.
+            tokio::spawn(self.anchor(queue));
+        }
         let mut headers = HeaderMap::new();
         headers.insert(JOB, task.job.as_str());
         for (name, value) in &task.headers {
@@ -320,9 +357,16 @@ impl Bus for Nats {
         let what = || format!("asking the depth of {queue}");
         let stream = known.stream.get_info().await.map_err(fault(what()))?;
         let consumer = known.consumer.get_info().await.map_err(fault(what()))?;
-        let (tasks, leased) = (stream.state.messages, consumer.num_ack_pending as u64);
-        let first: SystemTime = stream.state.first_timestamp.into();
-        let oldest_age = (tasks > 0).then(|| SystemTime::now().duration_since(first).unwrap_or_default());
+        let tasks = stream.state.messages.saturating_sub(ANCHORS);
+        let leased = consumer.num_ack_pending as u64;
+        let oldest_age = match tasks {
+            0 => None,
+            _ => match known.stream.direct_get_next_for_subject(self.subject(queue, "*"), None).await {
+                Ok(oldest) => Some(SystemTime::now().duration_since(oldest.time.into()).unwrap_or_default()),
+                Err(error) if error.kind() == DirectGetErrorKind::NotFound => None,
+                Err(error) => return Err(Error::unavailable(what(), error)),
+            },
+        };
         Ok(Depth { ready: tasks.saturating_sub(leased), leased, oldest_age })
     }
 
@@ -478,7 +522,7 @@ fn is_full(error: &PublishError) -> bool {
 }
 
 async fn get_chunk(objects: &Stream, subject: &str) -> Result<Option<(Bytes, usize)>> {
-    use async_nats::jetstream::stream::{DirectGetErrorKind, LastRawMessageErrorKind};
+    use async_nats::jetstream::stream::LastRawMessageErrorKind;
     let parts = |message: jetstream::message::StreamMessage| {
         let chunks = message.headers.get(CHUNKS).and_then(|value| value.as_str().parse().ok()).unwrap_or(1);
         (message.payload, chunks)

@@ -60,6 +60,7 @@ pub(super) async fn make_stream(context: &jetstream::Context, config: stream::Co
         ("allow_msg_ttl", got.allow_message_ttl != config.allow_message_ttl),
         ("subject_delete_marker_ttl", got.subject_delete_marker_ttl != config.subject_delete_marker_ttl),
         ("allow_direct", got.allow_direct != config.allow_direct),
+        ("allow_rollup_hdrs", got.allow_rollup != config.allow_rollup),
         ("republish", got.republish != config.republish),
     ];
     refuse_differences("stream", &name, &differs)?;
