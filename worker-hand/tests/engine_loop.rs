@@ -358,7 +358,7 @@ async fn what_is_released_leaves_with_a_checkpoint() {
     let rig = Rig::start(4).await;
     let mut ordered = rig.order(1, 1000, 8, Lane::Batch, None);
     rig.run(2);
-    for wanted in ["Step { step: 1, steps: 1000 }", "Step(2)"] {
+    for wanted in ["Step { step: 1, steps: 1000 }", "Step { step: 2, steps: 1000 }"] {
         assert_eq!(format!("{:?}", ordered.heard.recv().await.unwrap()), wanted);
     }
     let waiting = rig.order(2, 9, 9, Lane::Batch, None);
