@@ -81,6 +81,11 @@ pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
     {
         return Err(invalid("guidance_scale", format!("guidance_scale is {scale}; it must be a number from 0 up")));
     }
+    if let Some(share) = request.guidance_rescale
+        && !(0.0..=1.0).contains(&share)
+    {
+        return Err(over("guidance_rescale", "0..=1", format!("guidance_rescale is {share}; it must be 0 to 1")));
+    }
     pictures(request)?;
     if ImageFormat::try_from(request.format).is_err() {
         return Err(invalid(
@@ -157,6 +162,9 @@ pub fn resolve(
     let name = &model.name;
     if !request.negative_prompt.is_empty() && !model.negative_prompt {
         return Err(not_offered("negative_prompt", "none", format!("model {name} takes no negative prompt")));
+    }
+    if request.guidance_rescale() > 0.0 && !model.guidance_rescale {
+        return Err(not_offered("guidance_rescale", "0", format!("model {name} does not rescale guidance")));
     }
     if request.init_image.is_some() && !model.image_to_image {
         return Err(not_offered("init_image", "none", format!("model {name} does not begin with pictures")));
@@ -353,6 +361,9 @@ mod tests {
             (Box::new(|r| r.guidance_scale = Some(11.0)), LimitExceeded, "guidance_scale", "0..=10"),
             (Box::new(|r| r.sampler = "ddim".to_owned()), NotOffered, "sampler", "euler, heun"),
             (Box::new(|r| r.format = 9), InvalidField, "format", ""),
+            (Box::new(|r| r.guidance_rescale = Some(1.5)), LimitExceeded, "guidance_rescale", "0..=1"),
+            (Box::new(|r| r.guidance_rescale = Some(f32::NAN)), LimitExceeded, "guidance_rescale", "0..=1"),
+            (Box::new(|r| r.guidance_rescale = Some(0.5)), NotOffered, "guidance_rescale", "0"),
             (Box::new(|r| r.init_image = source(b"")), InvalidField, "init_image", ""),
             (Box::new(|r| r.init_image = source(b"png")), NotOffered, "init_image", "none"),
             (Box::new(|r| r.init_image = Some(PictureSource::default())), InvalidField, "init_image", ""),

@@ -178,7 +178,9 @@ pub fn begun(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<E
             guidance_scale: if name.starts_with("flux") { 3.5 } else { 4.0 },
             seed: 60,
             sampler,
-            picture: Some(Arc::new(pictures::picture(image, mask, size, strength).expect("is there"))),
+            guidance_rescale: if kind == "rescaled" { strength as f32 } else { 0.0 },
+            picture: (kind != "rescaled")
+                .then(|| Arc::new(pictures::picture(image, mask, size, strength).expect("is there"))),
         };
         compare(hand, &golden, key, &request, &mut errors);
     }

@@ -107,6 +107,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
         guidance_scale,
         seed,
         sampler: sampler.clone(),
+        guidance_rescale: 0.0,
         picture: None,
     };
     let usual = golden.size("0.guided.image");
@@ -157,7 +158,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
 fn pictures_are_those_of_diffusers() {
     let mut table = String::from(
         "# Parity\n\nLargest differences from diffusers 0.42.1 (torch 2.15, f32, CPU) on tiny random checkpoints that `tests/checkpoints/*.py` made in the folder layout \
-         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four; begun with a picture: image to image and inpainting, with strengths of 0.5 and 1 of five steps (sd15 also with five samplers beside its own). Token ids are equal. Joints \
+         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four; begun with a picture: image to image and inpainting, with strengths of 0.5 and 1 of five steps (sd15 also with five samplers beside its own; Stable Diffusion 1.5 to XL with guidance rescaled as well). Token ids are equal. Joints \
          are relative to the largest value of the joint, or to 1; pictures are 8-bit steps. Allowed: 1e-4, and 1 step.\n\nWritten by\n\n    \
          EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints\n\n| checkpoint | pipeline | states | pooled | every latent | picture | every latent, begun with a picture | its picture |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
@@ -204,6 +205,7 @@ fn engines_keep_the_contract() {
                 guidance_scale,
                 seed,
                 sampler: sampler.clone(),
+                guidance_rescale: 0.0,
                 picture: None,
             };
             let guidance = if is_unguided(sampler) { 1.0 } else { 4.0 };
@@ -229,6 +231,7 @@ fn what_does_not_fit_is_refused() {
         guidance_scale: 2.0,
         seed: 1,
         sampler: "euler".to_owned(),
+        guidance_rescale: 0.0,
         picture: None,
     };
     let message = |hand: &mut dyn Hand, request: &RenderRequest| hand.begin(request).unwrap_err().to_string();

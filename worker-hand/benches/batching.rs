@@ -94,6 +94,7 @@ async fn step_level(arrivals: &[Duration], start: Instant) -> Times {
             guidance_scale: 1.0,
             seed: 0,
             sampler: String::new(),
+            guidance_rescale: 0.0,
             picture: None,
         };
         engine.submit(Order {

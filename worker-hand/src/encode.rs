@@ -92,13 +92,16 @@ fn parameters(request: &GenerateRequest, task: &HandTask) -> String {
     if !request.negative_prompt.is_empty() {
         let _ = write!(text, "\nNegative prompt: {}", request.negative_prompt.replace('\0', "\u{fffd}"));
     }
-    let strength = match &request.init_image {
-        Some(_) => format!("Denoising strength: {}, ", work::strength(request)),
-        None => String::new(),
-    };
+    let mut more = String::new();
+    if request.init_image.is_some() {
+        let _ = write!(more, "Denoising strength: {}, ", work::strength(request));
+    }
+    if request.guidance_rescale() > 0.0 {
+        let _ = write!(more, "CFG rescale: {}, ", request.guidance_rescale());
+    }
     let _ = write!(
         text,
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, {strength}Model: {}, Model hash: {}, Version: efferent {}",
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, {more}Model: {}, Model hash: {}, Version: efferent {}",
         request.steps(),
         request.sampler,
         request.guidance_scale(),

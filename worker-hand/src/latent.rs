@@ -59,15 +59,14 @@ pub trait Network: Send + std::fmt::Debug + 'static {
         Ok(Flow::default())
     }
 
-    /// What a control signal says for a picture of a size.
+    /// What a request's control signal says for its picture.
     ///
     /// # Errors
     /// If the signal lacks something or has another shape.
     fn condition(
         &self,
         signal: &ControlSignal,
-        size: Size,
-        guidance_scale: f32,
+        request: &RenderRequest,
         device: &Device,
     ) -> Result<Self::Condition, EngineError>;
 
@@ -316,6 +315,23 @@ pub fn guide(scale: Option<f32>, answers: &[Vec<f32>]) -> Vec<f32> {
     }
 }
 
+/// A guided answer with its spread brought nearer to that of the answer with the prompt, by a share of 0 to 1. Source: diffusers 0.42.1, `rescale_noise_cfg`.
+pub fn rescaled(share: f32, conditional: &[f32], guided: Vec<f32>) -> Vec<f32> {
+    if share == 0.0 {
+        return guided;
+    }
+    let spread = |values: &[f32]| {
+        let count = values.len().max(1) as f64;
+        let mean = values.iter().map(|value| f64::from(*value)).sum::<f64>() / count;
+        (values.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / count).sqrt()
+    };
+    let ratio = (spread(conditional) / spread(&guided)) as f32;
+    if !ratio.is_finite() {
+        return guided;
+    }
+    guided.into_iter().map(|value| share * (value * ratio) + (1.0 - share) * value).collect()
+}
+
 /// Refuses a network that does not take and give as many channels as the latents have.
 ///
 /// # Errors
@@ -360,7 +376,12 @@ impl<N: Network> Engine<N> {
             let message = "the guidance scale is not finite".to_owned();
             return Err(refused(ErrorCode::InvalidField, "guidance_scale", message));
         }
-        let condition = self.network.condition(&request.signal, request.size, request.guidance_scale, &self.device)?;
+        let rescale = request.guidance_rescale;
+        if !(0.0..=1.0).contains(&rescale) || (rescale > 0.0 && !self.spec.model.guidance_rescale) {
+            let message = format!("this hand does not rescale guidance by {rescale}");
+            return Err(refused(ErrorCode::NotOffered, "guidance_rescale", message));
+        }
+        let condition = self.network.condition(&request.signal, request, &self.device)?;
         let steps = match &request.picture {
             None => request.steps,
             Some(picture) => self.network.made(f64::from(request.steps), picture.strength) as u32,

@@ -543,6 +543,7 @@ fn render_request(
         size: request.size.unwrap_or_default(),
         steps: request.steps(),
         guidance_scale: request.guidance_scale(),
+        guidance_rescale: request.guidance_rescale(),
         seed,
         sampler: request.sampler.clone(),
         picture,

@@ -144,7 +144,16 @@ impl Rig {
         let (unwanted, released) = (CancellationToken::new(), CancellationToken::new());
         let size = Size { width, height: 1 };
         let (signal, sampler) = (Arc::default(), String::new());
-        let request = RenderRequest { signal, size, steps, guidance_scale: 1.0, seed, sampler, picture: None };
+        let request = RenderRequest {
+            signal,
+            size,
+            steps,
+            guidance_scale: 1.0,
+            seed,
+            sampler,
+            guidance_rescale: 0.0,
+            picture: None,
+        };
         let ends = (unwanted.clone(), released.clone());
         let order = Order { request, lane, resume, preview_interval: 2, unwanted: ends.0, released: ends.1, updates };
         self.engine.submit(order);

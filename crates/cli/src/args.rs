@@ -40,7 +40,7 @@ pub(crate) enum Do {
     /// Draw a prompt and write the picture to a file, whose path is printed
     ///
     /// Without --server everything happens in this process, on a queue of its own that is gone afterwards. Ctrl-C cancels the job.
-    Generate(Generate),
+    Generate(Box<Generate>),
     /// Have a brain read a prompt, keep its control signal, and print the signal's id, for `generate --signal`
     Encode(Encode),
     /// Control signals that are kept
@@ -142,6 +142,9 @@ pub(crate) struct Generate {
     /// Strength of guidance, from 0; 1 means none. Default: the model's.
     #[arg(long, value_name = "SCALE", allow_negative_numbers = true)]
     pub(crate) guidance: Option<f32>,
+    /// How much of the contrast that guidance adds is taken back, 0 to 1, for models that offer it. Default: 0.
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) guidance_rescale: Option<f32>,
     /// Seed of the noise, a whole number; image number i uses the seed plus i - 1. Default: a random one.
     #[arg(long, value_name = "SEED")]
     pub(crate) seed: Option<u64>,
@@ -340,7 +343,8 @@ pub(crate) enum BatchDo {
 #[derive(Debug, Args)]
 pub(crate) struct BatchSubmit {
     /// One item a line, - for stdin: the prompt itself, or a JSON object with "prompt" and, as wanted, "negative_prompt", "model", "size"
-    /// ("96x96"), "steps", "guidance_scale", "seed", "seeds", "image_count", "format" (png, jpeg, webp), "sampler", "signal_id" (instead of the prompt).
+    /// ("96x96"), "steps", "guidance_scale", "guidance_rescale", "seed", "seeds", "image_count", "format" (png, jpeg, webp), "sampler", "signal_id" (instead of the prompt), "init_image", "mask"
+    /// (a file beside this one, or the hash of one that the server keeps; with --as-file only that), "strength".
     pub(crate) file: PathBuf,
     /// Folder for pictures (named after the item's number, from 000000) and results.jsonl, which has a line for each item that ended.
     #[arg(short, long, value_name = "FOLDER", default_value = "results")]

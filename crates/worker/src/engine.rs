@@ -124,6 +124,8 @@ pub struct RenderRequest {
     pub steps: u32,
     /// Strength of guidance; 1.0 means none.
     pub guidance_scale: f32,
+    /// How much of the contrast that guidance adds is taken back, 0 to 1. Only for models that offer it.
+    pub guidance_rescale: f32,
     /// Seed of the noise. The picture depends on it and on nothing else that is random.
     pub seed: u64,
     /// Sampler by name.

@@ -53,6 +53,7 @@ pub fn model() -> Model {
         negative_prompt: true,
         image_to_image: false,
         inpainting: false,
+        guidance_rescale: false,
         size_range: None,
         live_brains: 0,
         live_hands: 0,

@@ -205,6 +205,7 @@ mod tests {
             guidance_scale: 1.0,
             seed,
             sampler: "euler".to_owned(),
+            guidance_rescale: 0.0,
             picture: None,
         }
     }

@@ -27,7 +27,7 @@ use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     args,
-    client::{Server, files, images, json},
+    client::{Server, files, images, json, pictures},
     exit::{Exit, Failure},
     output, settings,
 };
@@ -58,7 +58,8 @@ pub(crate) async fn submit(
 ) -> Result<(), Failure> {
     let name = args.file.display().to_string();
     let text = read(&args.file)?;
-    let items = if args.as_file { Vec::new() } else { parse(&name, &text, &settings.model)? };
+    let mut items = if args.as_file { Vec::new() } else { parse(&name, &text, &settings.model)? };
+    pictures::put_all(&mut server, &mut items, args.file.parent().unwrap_or(Path::new(""))).await?;
     // Of the text itself: the same file again is the same batch.
     let key = match (&args.key, args.again) {
         (Some(key), _) => key.clone(),

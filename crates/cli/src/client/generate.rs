@@ -1,19 +1,16 @@
 //! `efferent generate`: submits a request, follows its job, writes its pictures.
 
-use std::{future::Future, path::Path};
+use std::future::Future;
 
 use efferent_proto::{
     ApiError, names, time,
-    v1::{
-        CancelJobRequest, GenerateRequest, GetImageRequest, Image, JobEvent, PictureSource, job_event::Event,
-        picture_source::Source,
-    },
+    v1::{CancelJobRequest, GenerateRequest, GetImageRequest, Image, JobEvent, job_event::Event},
 };
 use tokio::signal::ctrl_c;
 
 use crate::{
     args,
-    client::{Server, batch, files::Plan, follow::Follow, images, json, progress::Progress},
+    client::{Server, files::Plan, follow::Follow, images, json, pictures, progress::Progress},
     exit::{Exit, Failure},
     output, settings,
 };
@@ -43,6 +40,7 @@ pub(crate) async fn request(
         size: args.size,
         steps: args.steps,
         guidance_scale: args.guidance,
+        guidance_rescale: args.guidance_rescale,
         seed: args.seed,
         image_count: Some(args.count).filter(|_| args.seeds.is_empty()),
         idempotency_key: key,
@@ -50,22 +48,14 @@ pub(crate) async fn request(
         preview_interval: args.preview_interval,
         sampler: args.sampler.clone().unwrap_or_default(),
         inline_images: !args.detach,
-        init_image: picture(server, args.init_image.as_deref()).await?,
+        init_image: pictures::put(server, args.init_image.as_deref()).await?,
         strength: args.strength,
-        mask: picture(server, args.mask.as_deref()).await?,
+        mask: pictures::put(server, args.mask.as_deref()).await?,
         ..Default::default()
     };
     request.set_format(plan.format.proto());
     request.set_lane(args.lane.proto());
     Ok(request)
-}
-
-async fn picture(server: &mut Server, path: Option<&Path>) -> Result<Option<PictureSource>, Failure> {
-    let Some(path) = path else { return Ok(None) };
-    let context = |error| anyhow::Error::new(error).context(format!("cannot read {}", path.display()));
-    let file = std::fs::read(path).map_err(|error| Failure::new(Exit::File, context(error)))?;
-    let hash = batch::put(server, file).await?;
-    Ok(Some(PictureSource { source: Some(Source::Hash(hash)) }))
 }
 
 /// Prints how long a request would take.

@@ -69,6 +69,7 @@ pub(crate) fn request(request: &GenerateRequest) -> Value {
         "size": request.size.as_ref().map(size),
         "steps": request.steps,
         "guidance_scale": request.guidance_scale,
+        "guidance_rescale": request.guidance_rescale,
         "seed": request.seed,
         "image_count": request.image_count,
         "format": format(request.format()),
@@ -219,6 +220,7 @@ pub(crate) fn model(model: &Model) -> Value {
         "negative_prompt": model.negative_prompt,
         "image_to_image": model.image_to_image,
         "inpainting": model.inpainting,
+        "guidance_rescale": model.guidance_rescale,
         "live_brains": model.live_brains,
         "live_hands": model.live_hands,
     })

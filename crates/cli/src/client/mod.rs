@@ -12,6 +12,7 @@ pub(crate) mod follow;
 pub(crate) mod generate;
 pub(crate) mod jobs;
 pub(crate) mod json;
+pub(crate) mod pictures;
 pub(crate) mod progress;
 pub(crate) mod ready;
 pub(crate) mod signals;

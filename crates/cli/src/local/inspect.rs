@@ -92,7 +92,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         format!("; any of sides {} to {} that are multiples of {}", range.min_side, range.max_side, range.multiple)
     });
     output::line(format_args!(
-        "sizes: {}{range}\nsamplers: {}\nsteps: {} (up to {}), guidance: {} (up to {}), prompt: up to {} tokens, negative prompt: {}, image to image: {}, inpainting: {}",
+        "sizes: {}{range}\nsamplers: {}\nsteps: {} (up to {}), guidance: {} (up to {}), prompt: up to {} tokens, negative prompt: {}, image to image: {}, inpainting: {}, guidance rescale: {}",
         sizes.join(", "),
         model.samplers.join(", "),
         model.default_steps,
@@ -103,6 +103,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         yes(model.negative_prompt),
         yes(model.image_to_image),
         yes(model.inpainting),
+        yes(model.guidance_rescale),
     ))
 }
 

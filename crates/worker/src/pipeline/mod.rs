@@ -150,6 +150,9 @@ pub struct Offers {
     /// Whether `mask` may be set as well.
     #[serde(default)]
     pub inpainting: bool,
+    /// Whether `guidance_rescale` may be above 0.
+    #[serde(default)]
+    pub guidance_rescale: bool,
 }
 
 /// Sizes of pictures by rule.
@@ -404,6 +407,7 @@ impl Pipeline {
             negative_prompt: offers.negative_prompt,
             image_to_image: offers.image_to_image,
             inpainting: offers.inpainting,
+            guidance_rescale: offers.guidance_rescale,
             size_range: offers.size_range.as_ref().map(|range| SizeRange {
                 multiple: range.multiple,
                 min_side: range.min_side,

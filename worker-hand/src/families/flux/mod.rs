@@ -4,13 +4,9 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/flux`.
 
 use candle_core::{Device, Result, Tensor};
-use efferent_proto::{
-    ApiError,
-    internal::ControlSignal,
-    v1::{ErrorCode, Size},
-};
+use efferent_proto::{ApiError, internal::ControlSignal, v1::ErrorCode};
 use efferent_worker::{
-    engine::{EngineError, Hand},
+    engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
     pipeline::Pipeline,
 };
@@ -91,14 +87,13 @@ impl Network for Flux {
     fn condition(
         &self,
         signal: &ControlSignal,
-        _: Size,
-        guidance: f32,
+        request: &RenderRequest,
         device: &Device,
     ) -> std::result::Result<Condition, EngineError> {
         let config = self.transformer.config();
         let states = latent::text(signal, false, config.joint_attention_dim, device)?;
         let pooled = latent::pooled(signal, false, config.pooled_projection_dim, device)?;
-        Ok(Condition { states, pooled, guidance })
+        Ok(Condition { states, pooled, guidance: request.guidance_scale })
     }
 
     fn kind(condition: &Condition) -> String {

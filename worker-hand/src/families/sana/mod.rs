@@ -4,12 +4,9 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/sana`.
 
 use candle_core::{Device, Tensor};
-use efferent_proto::{
-    internal::{Branch, ControlSignal},
-    v1::Size,
-};
+use efferent_proto::internal::{Branch, ControlSignal};
 use efferent_worker::{
-    engine::{EngineError, Hand},
+    engine::{EngineError, Hand, RenderRequest},
     nn::{attention::hide_absent, rows::by_large_row},
     pipeline::Pipeline,
 };
@@ -69,10 +66,10 @@ impl Network for Sana {
     fn condition(
         &self,
         signal: &ControlSignal,
-        _: Size,
-        guidance: f32,
+        request: &RenderRequest,
         device: &Device,
     ) -> Result<Condition, EngineError> {
+        let guidance = request.guidance_scale;
         let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
         let mut texts = vec![text(Branch::Conditional)?];
         // Sprint is told the strength instead.

@@ -3,15 +3,15 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion{,_xl}`.
 
 use candle_core::{Device, Tensor};
-use efferent_proto::{internal::ControlSignal, v1::Size};
+use efferent_proto::internal::ControlSignal;
 use efferent_worker::{
-    engine::{EngineError, Hand},
+    engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
     pipeline::Pipeline,
 };
 
 use crate::{
-    latent::{self, Network, Question, Shape, guide, guided},
+    latent::{self, Network, Question, Shape, guide, guided, rescaled},
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
@@ -36,6 +36,7 @@ struct Condition {
     /// For networks that want it: (1 or 2, width) and (1 or 2, [`SIZES`]).
     added: Option<(Tensor, Tensor)>,
     guidance: Option<f32>,
+    rescale: f32,
 }
 
 /// Loads the hand of a pipeline.
@@ -80,12 +81,11 @@ impl Network for StableDiffusion {
     fn condition(
         &self,
         signal: &ControlSignal,
-        size: Size,
-        guidance_scale: f32,
+        request: &RenderRequest,
         device: &Device,
     ) -> Result<Condition, EngineError> {
         let config = self.unet.config();
-        let guidance = guided(guidance_scale);
+        let (guidance, rescale, size) = (guided(request.guidance_scale), request.guidance_rescale, request.size);
         let context = latent::text(signal, guidance.is_some(), config.cross_attention_dim, device)?;
         let added = match config.addition_embed_type {
             None => None,
@@ -97,7 +97,7 @@ impl Network for StableDiffusion {
                 Some((pooled, Tensor::from_vec(sizes, (count, SIZES), device)?))
             }
         };
-        Ok(Condition { context, added, guidance })
+        Ok(Condition { context, added, guidance, rescale })
     }
 
     fn made(&self, steps: f64, strength: f64) -> f64 {
@@ -143,6 +143,11 @@ impl Network for StableDiffusion {
             }
         };
         let answers = answer.permute((0, 3, 1, 2))?.contiguous()?.flatten_from(1)?.to_vec2::<f32>()?;
-        Ok(questions.iter().zip(answers.chunks(per)).map(|(q, rows)| guide(q.condition.guidance, rows)).collect())
+        let guided = questions.iter().zip(answers.chunks(per)).map(|(question, rows)| {
+            let Condition { guidance, rescale, .. } = question.condition;
+            let answer = guide(*guidance, rows);
+            if guidance.is_some() { rescaled(*rescale, &rows[0], answer) } else { answer }
+        });
+        Ok(guided.collect())
     }
 }

@@ -4,9 +4,9 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion_3`.
 
 use candle_core::{Device, Result, Tensor};
-use efferent_proto::{internal::ControlSignal, v1::Size};
+use efferent_proto::internal::ControlSignal;
 use efferent_worker::{
-    engine::{EngineError, Hand},
+    engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
     pipeline::Pipeline,
 };
@@ -76,11 +76,10 @@ impl Network for StableDiffusion3 {
     fn condition(
         &self,
         signal: &ControlSignal,
-        _: Size,
-        guidance_scale: f32,
+        request: &RenderRequest,
         device: &Device,
     ) -> std::result::Result<Condition, EngineError> {
-        let (config, guidance) = (self.transformer.config(), guided(guidance_scale));
+        let (config, guidance) = (self.transformer.config(), guided(request.guidance_scale));
         let states = latent::text(signal, guidance.is_some(), config.joint_attention_dim, device)?;
         let pooled = latent::pooled(signal, guidance.is_some(), config.pooled_projection_dim, device)?;
         Ok(Condition { states, pooled, guidance })

@@ -3,12 +3,9 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/z_image`.
 
 use candle_core::{Device, Tensor};
-use efferent_proto::{
-    internal::{Branch, ControlSignal},
-    v1::Size,
-};
+use efferent_proto::internal::{Branch, ControlSignal};
 use efferent_worker::{
-    engine::{EngineError, Hand},
+    engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
     pipeline::Pipeline,
 };
@@ -75,10 +72,10 @@ impl Network for ZImage {
     fn condition(
         &self,
         signal: &ControlSignal,
-        _: Size,
-        guidance: f32,
+        request: &RenderRequest,
         device: &Device,
     ) -> Result<Condition, EngineError> {
+        let guidance = request.guidance_scale;
         let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
         let mut texts = vec![text(Branch::Conditional)?];
         // The strength counts from 0 here: what the prompt adds is added once more for each.

@@ -42,6 +42,8 @@ pub(super) struct Described {
     /// Whether diffusers has the pipeline in a form that begins with a picture, and in one that changes a part of it.
     pub(super) image_to_image: bool,
     pub(super) inpainting: bool,
+    /// Whether the pipeline takes back contrast.
+    pub(super) guidance_rescale: bool,
 }
 
 /// A size that is one number for both sides, or height and width.
@@ -104,6 +106,7 @@ fn unet_pipeline(
         negative_prompt: true,
         image_to_image: true,
         inpainting: true,
+        guidance_rescale: true,
     })
 }
 
@@ -195,6 +198,7 @@ fn flux(folder: &Folder<'_>) -> Result<Described, Error> {
         negative_prompt: false,
         image_to_image: true,
         inpainting: true,
+        guidance_rescale: false,
     })
 }
 
@@ -261,6 +265,7 @@ fn stable_diffusion_3(folder: &Folder<'_>) -> Result<Described, Error> {
         negative_prompt: true,
         image_to_image: true,
         inpainting: true,
+        guidance_rescale: false,
     })
 }
 
@@ -304,6 +309,7 @@ fn z_image(folder: &Folder<'_>) -> Result<Described, Error> {
         negative_prompt: true,
         image_to_image: true,
         inpainting: true,
+        guidance_rescale: false,
     })
 }
 
@@ -361,5 +367,6 @@ fn sana_of(folder: &Folder<'_>, schedulers: &[&str], sprint: bool) -> Result<Des
         negative_prompt: !sprint,
         image_to_image: sprint,
         inpainting: false,
+        guidance_rescale: false,
     })
 }

@@ -118,6 +118,7 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         negative_prompt: described.negative_prompt,
         image_to_image: described.image_to_image,
         inpainting: described.inpainting,
+        guidance_rescale: described.guidance_rescale,
     };
     let model = model_name(path);
     let manifest = Manifest {
