@@ -150,10 +150,13 @@ impl Directory {
     /// The hand that would draw a request, and how many seconds of one it would take. `None` if there is none now.
     pub fn work(&self, request: &GenerateRequest) -> Option<(String, f64)> {
         let model = self.choose(&request.model, needs(request)).ok()?;
-        let (steps, images) = (request.steps.unwrap_or(model.default_steps), request.image_count.unwrap_or(1));
-        let size = request.size.or(model.sizes.first().copied()).unwrap_or_default();
-        let units = work::image_units(&size, steps) * f64::from(images);
-        let seconds = units * self.stage(WorkerRole::Hand, &model).busy();
+        let filled = GenerateRequest {
+            steps: request.steps.or(Some(model.default_steps)),
+            image_count: request.image_count.or(Some(1)),
+            size: request.size.or(model.sizes.first().copied()),
+            ..request.clone()
+        };
+        let seconds = work::request_units(&filled) * self.stage(WorkerRole::Hand, &model).busy();
         Some((model.hand, seconds))
     }
 

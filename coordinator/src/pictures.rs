@@ -19,6 +19,10 @@ use crate::images::unavailable;
 /// # Errors
 /// If a file is not kept, or does not begin as a picture.
 pub async fn fit(ledger: &Ledger, request: &mut GenerateRequest, model: &Model) -> Result<(), ApiError> {
+    if !model.image_to_image {
+        // It is refused for that.
+        return Ok(());
+    }
     let mut found = None;
     for (field, source) in [("mask", &request.mask), ("init_image", &request.init_image)] {
         if let Some(source) = source {

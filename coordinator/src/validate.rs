@@ -228,7 +228,7 @@ pub fn resolve(
                 .unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff),
         ),
         deadline: Some(request.deadline.unwrap_or_else(|| time::proto_duration(default_deadline))),
-        strength: request.init_image.as_ref().map(|_| work::strength(&request)),
+        strength: request.init_image.as_ref().map(|_| request.strength.unwrap_or(work::DEFAULT_STRENGTH)),
         sampler,
         tenant: tenants::named(&request.tenant)?.to_owned(),
         ..request

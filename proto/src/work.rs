@@ -25,14 +25,18 @@ pub fn image_units(size: &Size, steps: u32) -> f64 {
 /// The share of the steps that are made of a request that begins with a picture and does not say.
 pub const DEFAULT_STRENGTH: f32 = 0.8;
 
-/// The share of a request's steps that are made.
-pub fn strength(request: &GenerateRequest) -> f32 {
-    if request.init_image.is_none() { 1.0 } else { request.strength.unwrap_or(DEFAULT_STRENGTH) }
+/// The share of a request's steps that are made, as it was typed: 0.3, not the nearest number of 32 bits, of which 50 steps would be a little more than 15.
+pub fn strength(request: &GenerateRequest) -> f64 {
+    if request.init_image.is_none() {
+        return 1.0;
+    }
+    let given = request.strength.unwrap_or(DEFAULT_STRENGTH);
+    given.to_string().parse().unwrap_or_else(|_| f64::from(given))
 }
 
 /// About how many steps of a request that has every default filled in are made.
 pub fn steps(request: &GenerateRequest) -> u32 {
-    (request.steps() as f32 * strength(request)).ceil() as u32
+    (f64::from(request.steps()) * strength(request)).ceil() as u32
 }
 
 /// Units of all images of a request that has every default filled in.
@@ -44,4 +48,21 @@ pub fn request_units(request: &GenerateRequest) -> f64 {
 pub fn image_seed(request: &GenerateRequest, image_index: u32) -> u64 {
     let given = request.seeds.get(image_index as usize).copied();
     given.unwrap_or_else(|| request.seed().wrapping_add(u64::from(image_index)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strength_is_as_it_was_typed() {
+        for (steps, strength, made) in [(50, 0.3, 15), (10, 0.7, 7), (20, 0.6, 12), (3, 1.0, 3), (5, 0.5, 3)] {
+            let (steps, strength) = (Some(steps), Some(strength));
+            let request =
+                GenerateRequest { steps, strength, init_image: Some(Default::default()), ..Default::default() };
+            assert_eq!(super::steps(&request), made, "{steps:?} at {strength:?}");
+        }
+        let plain = GenerateRequest { steps: Some(20), ..Default::default() };
+        assert_eq!(super::steps(&plain), 20);
+    }
 }

@@ -7,10 +7,10 @@ use std::{
     time::Duration,
 };
 
-use efferent_bus::{Bucket, SharedBus};
+use efferent_bus::{Bucket, SharedBus, contract::free_port};
 use tokio::{sync::Mutex as Slot, task::JoinSet, time::Instant};
 
-use crate::processes::{Cluster, Process, free_port};
+use crate::processes::{Cluster, Process};
 
 /// A small generator of numbers (splitmix64).
 #[derive(Debug, Clone)]

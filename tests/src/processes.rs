@@ -6,16 +6,13 @@ use std::{
     net::TcpStream,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicU32, Ordering},
-        mpsc,
-    },
+    sync::{Arc, Mutex, MutexGuard, mpsc},
     time::Duration,
 };
 
 use efferent_bus::{
     SharedBus,
+    contract::free_port,
     nats::{self, Nats},
 };
 use tempfile::TempDir;
@@ -28,20 +25,6 @@ pub fn efferent() -> PathBuf {
     let binary = tests.ancestors().nth(2).expect("target/release/deps/test").join("efferent");
     assert!(binary.is_file(), "{} is missing: `cargo build --release` makes it", binary.display());
     binary
-}
-
-/// A free port of the loopback interface.
-pub fn free_port() -> u16 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    // Below those that the system gives to outgoing connections: one of these could take it before a server does.
-    let candidate = || {
-        let number = std::process::id().wrapping_mul(7919).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
-        10_000 + (number % 20_000) as u16
-    };
-    std::iter::repeat_with(candidate)
-        .take(20_000)
-        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .expect("a free port")
 }
 
 /// A process that is killed when it goes out of scope.

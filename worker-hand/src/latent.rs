@@ -63,12 +63,7 @@ pub trait Network: Send + std::fmt::Debug + 'static {
     ///
     /// # Errors
     /// If the signal lacks something or has another shape.
-    fn condition(
-        &self,
-        signal: &ControlSignal,
-        request: &RenderRequest,
-        device: &Device,
-    ) -> Result<Self::Condition, EngineError>;
+    fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Self::Condition, EngineError>;
 
     /// How many of so many steps are made of a picture that is to change by so much.
     fn made(&self, steps: f64, strength: f64) -> f64 {
@@ -381,7 +376,7 @@ impl<N: Network> Engine<N> {
             let message = format!("this hand does not rescale guidance by {rescale}");
             return Err(refused(ErrorCode::NotOffered, "guidance_rescale", message));
         }
-        let condition = self.network.condition(&request.signal, request, &self.device)?;
+        let condition = self.network.condition(request, &self.device)?;
         let steps = match &request.picture {
             None => request.steps,
             Some(picture) => self.network.made(f64::from(request.steps), picture.strength) as u32,

@@ -37,11 +37,6 @@ pub fn picture(image: File<'_>, mask: Option<File<'_>>, size: Size, strength: f6
     Ok(Picture { image, mask, strength })
 }
 
-/// How much of a picture is to change, as it was typed: 0.7, not the nearest number of 32 bits, of which three tenths fewer steps would be left over.
-pub fn strength(given: f32) -> f64 {
-    given.to_string().parse().unwrap_or_else(|_| f64::from(given))
-}
-
 fn decode(file: File<'_>) -> Result<DynamicImage, ApiError> {
     let bad = |error: image::ImageError| {
         let message = format!("{} is not a picture that can be read: {error}", file.field);
@@ -111,10 +106,5 @@ mod tests {
             let error = picture(File { field: "mask", bytes }, None, size, 1.0).expect_err("is refused");
             assert_eq!((error.code, error.field.as_str()), (ErrorCode::InvalidField, "mask"));
         }
-    }
-
-    #[test]
-    fn strength_is_as_it_was_typed() {
-        assert_eq!([0.7f32, 0.1, 1.0].map(strength), [0.7, 0.1, 1.0]);
     }
 }

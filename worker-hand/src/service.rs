@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bytes::Bytes;
 use efferent_bus::{
     Delivery,
     ledger::{Ledger, Outcome, Transition, transition},
@@ -16,8 +17,8 @@ use efferent_proto::{
     internal::{ControlSignal, HandTask, hand_task},
     names, time,
     v1::{
-        Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event,
-        picture_source::Source,
+        Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, PictureSource, Preview, Step, WorkerRole,
+        job_event::Event, picture_source::Source,
     },
     work,
 };
@@ -362,6 +363,15 @@ impl Worker {
         }
     }
 
+    /// A file that a request refers to; errors as those of [`Worker::signal`].
+    async fn file(&self, field: &str, source: &PictureSource) -> efferent_bus::Result<Result<Bytes, EngineError>> {
+        let missing = |what: &str| EngineError::Missing(format!("{field} {what} is not in the object store"));
+        // The coordinator has put whatever a request brought.
+        let Some(Source::Hash(hash)) = &source.source else { return Ok(Err(missing("of a request"))) };
+        let found = read_object(self.ledger.bus().as_ref(), hash).await?;
+        Ok(found.ok_or_else(|| missing(hash)))
+    }
+
     /// The picture that a request begins with, if any; errors as those of [`Worker::signal`].
     async fn picture(
         &self,
@@ -372,26 +382,21 @@ impl Worker {
             let message = format!("model {} does not begin with pictures", self.model.name);
             return Ok(Err(ApiError::new(ErrorCode::NotOffered, message).field("init_image").into()));
         }
-        let mut files = Vec::new();
-        for (field, source) in [("init_image", Some(image)), ("mask", request.mask.as_ref())] {
-            let hash = match source.and_then(|source| source.source.as_ref()) {
-                None => continue,
-                Some(Source::Data(bytes)) => {
-                    files.push((field, bytes.clone()));
-                    continue;
-                }
-                Some(Source::Hash(hash)) => hash,
-            };
-            match read_object(self.ledger.bus().as_ref(), hash).await? {
-                Some(bytes) => files.push((field, bytes)),
-                None => return Ok(Err(EngineError::Missing(format!("{field} {hash} is not in the object store")))),
-            }
-        }
-        let (size, strength) = (request.size.unwrap_or_default(), pictures::strength(work::strength(request)));
+        let image = match self.file("init_image", image).await? {
+            Ok(image) => image,
+            Err(error) => return Ok(Err(error)),
+        };
+        let mask = match &request.mask {
+            Some(mask) => match self.file("mask", mask).await? {
+                Ok(mask) => Some(mask),
+                Err(error) => return Ok(Err(error)),
+            },
+            None => None,
+        };
+        let (size, strength) = (request.size.unwrap_or_default(), work::strength(request));
         let decoded = tokio::task::spawn_blocking(move || {
-            let mut files = files.iter().map(|(field, bytes)| File { field, bytes });
-            let image = files.next().unwrap_or(File { field: "init_image", bytes: &[] });
-            pictures::picture(image, files.next(), size, strength)
+            let mask = mask.as_ref().map(|bytes| File { field: "mask", bytes });
+            pictures::picture(File { field: "init_image", bytes: &image }, mask, size, strength)
         });
         Ok(match decoded.await {
             Ok(picture) => picture.map(|picture| Some(Arc::new(picture))).map_err(EngineError::from),

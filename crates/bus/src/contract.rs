@@ -5,7 +5,10 @@
 #![expect(clippy::unwrap_used, reason = "this module is a test-suite")]
 #![expect(clippy::missing_panics_doc, reason = "every function panics when its promise does not hold")]
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use efferent_proto::names::{is_stored_job, job_events, job_passing, job_stored, new_job_id};
@@ -19,6 +22,20 @@ use crate::{
 /// The lease of the suite's queues.
 pub const LEASE: Duration = Duration::from_millis(1500);
 const SECOND: Duration = Duration::from_secs(1);
+
+/// A free port of the loopback interface, for a server that a test starts.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    // Below those that the system gives to outgoing connections: one of these could take it before a server does.
+    let candidate = || {
+        let number = std::process::id().wrapping_mul(7919).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        10_000 + (number % 20_000) as u16
+    };
+    std::iter::repeat_with(candidate)
+        .take(20_000)
+        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .unwrap()
+}
 
 /// Runs the whole contract.
 pub async fn all(bus: &SharedBus) {

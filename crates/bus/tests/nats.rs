@@ -3,16 +3,14 @@
 use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
 use efferent_bus::{
-    Bucket, Bus, Error, SharedBus, contract,
+    Bucket, Bus, Error, SharedBus,
+    contract::{self, free_port},
     nats::{Nats, Options, connect_patiently},
     read_object,
 };
@@ -22,19 +20,6 @@ struct Server {
     process: Child,
     port: u16,
     folder: PathBuf,
-}
-
-fn free_port() -> u16 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    // Below those that the system gives to outgoing connections: one of these could take it before a server does.
-    let candidate = || {
-        let number = std::process::id().wrapping_mul(7919).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
-        10_000 + (number % 20_000) as u16
-    };
-    std::iter::repeat_with(candidate)
-        .take(20_000)
-        .find(|port| std::net::TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .expect("a free port")
 }
 
 impl Server {
@@ -87,6 +72,34 @@ async fn contract() {
     let server = Server::start(folder.path(), None);
     let bus: SharedBus = server.connect("contract").await;
     contract::all(&bus).await;
+}
+
+/// The highest number of a block of a queue's storage, whose files are named 1.blk, 2.blk and so on.
+fn newest_block(folder: &Path, queue: &str) -> u64 {
+    let stream = format!("anchor-queue-{}", queue.replace('.', "_"));
+    let blocks = folder.join("store/jetstream/$G/streams").join(stream).join("msgs");
+    let number = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.ok()?.file_name().to_str()?.strip_suffix(".blk")?.parse::<u64>().ok()
+    };
+    std::fs::read_dir(blocks).expect("blocks").filter_map(number).max().expect("a block")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_that_is_emptied_again_and_again_stays_in_its_file() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let server = Server::start(folder.path(), None);
+    let bus = server.connect("anchor").await;
+    let queue = contract::queue(bus.as_ref(), "emptied", 2).await;
+    for number in 0..40 {
+        bus.publish(&queue, contract::task(&format!("task{number}"), "job")).await.expect("there is room");
+        let [task] = &bus.pull(&queue, 2, Duration::from_secs(5)).await.expect("the bus is there")[..] else {
+            panic!("one task, and never the anchor")
+        };
+        task.lease.ack().await.expect("the bus is there");
+    }
+    let depth = bus.depth(&queue).await.expect("the bus is there");
+    assert_eq!((depth.ready, depth.leased, depth.oldest_age), (0, 0, None), "the anchor is no task");
+    assert!(newest_block(folder.path(), &queue) <= 2, "a block was made for each task");
 }
 
 /// Three servers that keep three copies of everything.

@@ -1,7 +1,9 @@
 //! The bus of a cluster: NATS JetStream.
 //!
-//! - A queue is a work-queue stream with one durable pull consumer; its bound is the stream's, so a full queue refuses the publish.
+//! - A queue is a work-queue stream with one durable pull consumer; its bound is the stream's, so a full queue refuses the publish. One message
+//!   more, its anchor, is nobody's task.
 //! - A bucket is a JetStream key-value bucket. Time-to-live is per message, so writes are made with the header themselves.
+//!   That of jobs republishes what it stores, as events.
 //! - An object is a stream's messages, one a chunk, the first written last: where it is, all are. Again per-message time-to-live.
 //! - Events are plain NATS.
 //!

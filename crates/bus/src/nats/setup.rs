@@ -7,7 +7,6 @@ use async_nats::jetstream::{
     kv::Store,
     stream::{self, DiscardPolicy, Republish, StorageType, Stream},
 };
-
 use efferent_proto::names;
 
 use super::{Options, fault};

@@ -70,6 +70,8 @@ impl Progress {
             }
             Some(Event::Step(step)) => {
                 self.steps.insert(step.image_index, step.step);
+                // Of a picture that begins with another, fewer are made than were asked for; how many exactly, its hand knows.
+                self.bar.set_length(u64::from(step.steps) * self.images);
                 self.advance();
             }
             Some(Event::Preview(preview)) => self.picture(&preview.png, PREVIEW_COLUMNS),

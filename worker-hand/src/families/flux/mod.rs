@@ -4,7 +4,7 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/flux`.
 
 use candle_core::{Device, Result, Tensor};
-use efferent_proto::{ApiError, internal::ControlSignal, v1::ErrorCode};
+use efferent_proto::{ApiError, v1::ErrorCode};
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
@@ -84,12 +84,8 @@ impl Network for Flux {
         Ok(Flow { even: true, mu: Some(latent::shift_of_size(scheduler, tokens)?) })
     }
 
-    fn condition(
-        &self,
-        signal: &ControlSignal,
-        request: &RenderRequest,
-        device: &Device,
-    ) -> std::result::Result<Condition, EngineError> {
+    fn condition(&self, request: &RenderRequest, device: &Device) -> std::result::Result<Condition, EngineError> {
+        let signal = &request.signal;
         let config = self.transformer.config();
         let states = latent::text(signal, false, config.joint_attention_dim, device)?;
         let pooled = latent::pooled(signal, false, config.pooled_projection_dim, device)?;

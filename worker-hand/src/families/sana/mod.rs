@@ -4,7 +4,7 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/sana`.
 
 use candle_core::{Device, Tensor};
-use efferent_proto::internal::{Branch, ControlSignal};
+use efferent_proto::internal::Branch;
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::{attention::hide_absent, rows::by_large_row},
@@ -63,12 +63,8 @@ impl Network for Sana {
         &self.vae
     }
 
-    fn condition(
-        &self,
-        signal: &ControlSignal,
-        request: &RenderRequest,
-        device: &Device,
-    ) -> Result<Condition, EngineError> {
+    fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Condition, EngineError> {
+        let signal = &request.signal;
         let guidance = request.guidance_scale;
         let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
         let mut texts = vec![text(Branch::Conditional)?];

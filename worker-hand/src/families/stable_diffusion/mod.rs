@@ -3,7 +3,6 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion{,_xl}`.
 
 use candle_core::{Device, Tensor};
-use efferent_proto::internal::ControlSignal;
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
@@ -78,12 +77,8 @@ impl Network for StableDiffusion {
         &self.vae
     }
 
-    fn condition(
-        &self,
-        signal: &ControlSignal,
-        request: &RenderRequest,
-        device: &Device,
-    ) -> Result<Condition, EngineError> {
+    fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Condition, EngineError> {
+        let signal = &request.signal;
         let config = self.unet.config();
         let (guidance, rescale, size) = (guided(request.guidance_scale), request.guidance_rescale, request.size);
         let context = latent::text(signal, guidance.is_some(), config.cross_attention_dim, device)?;

@@ -4,7 +4,6 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion_3`.
 
 use candle_core::{Device, Result, Tensor};
-use efferent_proto::internal::ControlSignal;
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
@@ -73,12 +72,8 @@ impl Network for StableDiffusion3 {
         Ok(Flow { even: false, mu: Some(latent::shift_of_size(scheduler, tokens)?) })
     }
 
-    fn condition(
-        &self,
-        signal: &ControlSignal,
-        request: &RenderRequest,
-        device: &Device,
-    ) -> std::result::Result<Condition, EngineError> {
+    fn condition(&self, request: &RenderRequest, device: &Device) -> std::result::Result<Condition, EngineError> {
+        let signal = &request.signal;
         let (config, guidance) = (self.transformer.config(), guided(request.guidance_scale));
         let states = latent::text(signal, guidance.is_some(), config.joint_attention_dim, device)?;
         let pooled = latent::pooled(signal, guidance.is_some(), config.pooled_projection_dim, device)?;

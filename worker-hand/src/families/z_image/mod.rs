@@ -3,7 +3,7 @@
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/z_image`.
 
 use candle_core::{Device, Tensor};
-use efferent_proto::internal::{Branch, ControlSignal};
+use efferent_proto::internal::Branch;
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
@@ -69,12 +69,8 @@ impl Network for ZImage {
         Ok(Flow { even: true, mu: Some(latent::shift_of_size(scheduler, (height / side) * (width / side))?) })
     }
 
-    fn condition(
-        &self,
-        signal: &ControlSignal,
-        request: &RenderRequest,
-        device: &Device,
-    ) -> Result<Condition, EngineError> {
+    fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Condition, EngineError> {
+        let signal = &request.signal;
         let guidance = request.guidance_scale;
         let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
         let mut texts = vec![text(Branch::Conditional)?];
