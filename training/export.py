@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from . import packages
 from .language import LAYERS, PREFIX, SUFFIX
+from .network import DEFAULT, Connector, Decoder, Hand
 
 DESCRIPTION = "Small pictures of everyday things, 96 x 96: 80 objects, colours, counts, places and backgrounds, from plain English."
 
@@ -35,7 +36,7 @@ def manifest(config: dict) -> dict:
             "config": {"queries": config["queries"], "width": config["width"], "heads": config["heads"], "layers": config["hand_layers"], "shift": 6.0},
         },
         "offers": {"sizes": [[96, 96]], "samplers": ["euler", "heun"], "default_steps": 12, "max_steps": 100, "default_guidance_scale": 2.5,
-                   "max_guidance_scale": 10.0, "max_image_count": 16, "max_prompt_tokens": config["max_tokens"], "negative_prompt": False},
+                   "max_guidance_scale": 10.0, "max_image_count": 16, "max_prompt_tokens": config["max_tokens"], "negative_prompt": False, "guidance_range": True},
     }
 
 
@@ -47,6 +48,16 @@ def export(config: dict, connector: dict, hand: dict, decoder: dict, mean, std, 
     rest = {"latent.mean": mean.flatten().half(), "latent.std": std.flatten().half()}
     save_file(half("hand.", hand) | half("dec.", decoder) | rest, out / "hand.safetensors")
     (out / "pipeline.json").write_text(json.dumps(manifest(config), indent=2, ensure_ascii=False) + "\n")
+
+
+def load(model: Path):
+    """What `export` wrote: connector, hand, decoder, and the latents' mean and deviation."""
+    connector, hand, decoder = Connector(DEFAULT), Hand(DEFAULT), Decoder()
+    single = lambda name: {k: v.float() for k, v in load_file(model / name).items()}
+    weights = single("hand.safetensors")
+    part = lambda name: {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
+    connector.load_state_dict(single("connector.safetensors")), hand.load_state_dict(part("hand.")), decoder.load_state_dict(part("dec."))
+    return connector, hand, decoder, weights["latent.mean"], weights["latent.std"]
 
 
 def main():

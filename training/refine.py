@@ -12,32 +12,22 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from . import packages, scenes, words
 from .autoencoder import pictures
+from .export import load
 from .language import Language
-from .network import DEFAULT, Connector, Decoder, Encoder, Hand, patch, sample, unpatch
+from .network import DEFAULT, Encoder, patch, sample, unpatch
 from .optimise import Average, Clock, Muon, half_precision, rate
 from .pipeline import VIEWS, Heads, batch_states, faint, read
 from .run import keep_memory
 
-# How many of the things in captions of one and two things are to have a colour: each (thing, colour) is rare among the captions of the first training.
+# In how many captions of one and two things each is to have a colour.
 COLORED = .75
 # How often other words than the plain name are used: see `scenes.describe`.
 WORDING = 1.3
 # Learning rates, as a part of those of the first training.
 STRENGTH = .35
-
-
-def load(model: Path):
-    """Connector, hand, decoder, and the latents' mean and deviation."""
-    connector, hand, decoder = Connector(DEFAULT), Hand(DEFAULT), Decoder()
-    single = lambda name: {k: v.float() for k, v in load_file(model / name).items()}
-    weights = single("hand.safetensors")
-    part = lambda name: {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
-    connector.load_state_dict(single("connector.safetensors")), hand.load_state_dict(part("hand.")), decoder.load_state_dict(part("dec."))
-    return connector, hand, decoder, weights["latent.mean"], weights["latent.std"]
 
 
 def encoder(folder, language, parts, seconds, log):
@@ -85,21 +75,13 @@ def encoder(folder, language, parts, seconds, log):
     return model
 
 
-def colorful(rng):
-    """A scene whose things have a colour more often than `scenes.sample` gives them one."""
-    while True:
-        scene = scenes.sample(rng)
-        if scene.kind not in ("single", "two") or rng.random() > COLORED or all(p.color for p in scene.parts):
-            return scene
-
-
 def captions(folder, language, count, log):
     """Scenes with captions and their token states, cached."""
     path = folder / "refine.pt"
     if path.exists():
         return torch.load(path, weights_only=False)
     rng = random.Random(22)
-    made = [colorful(rng) for _ in range(count)]
+    made = [scenes.colorful(rng, COLORED) for _ in range(count)]
     return read(language, path, made, [scenes.caption(s, rng, WORDING) for s in made], log)
 
 

@@ -13,7 +13,7 @@ import resvg_py
 from PIL import Image
 
 from . import packages
-from .vocabulary import (BESIDE, COLORS, COLOR_NAMES, COUNTS, OPENINGS, PLAIN, POSITIONS, POSITION_NAMES, RELATIONS, SCENES, SIZES, THINGS)
+from .vocabulary import (MORE, BESIDE, COLORS, COLOR_NAMES, COUNTS, OPENINGS, PLAIN, POSITIONS, POSITION_NAMES, RELATIONS, SCENES, SIZES, THINGS)
 
 SIZE = 96
 KINDS = (("single", .28), ("two", .37), ("count", .17), ("mixed", .18))
@@ -70,6 +70,14 @@ def sample(rng: random.Random, kind: str | None = None, unseen: bool = False) ->
             return scene
 
 
+def colorful(rng: random.Random, share: float, kind: str | None = None) -> Scene:
+    """As `sample`, but in `share` of the scenes of one and two things each has a colour: each (thing, colour) is rare among other captions."""
+    while True:
+        scene = sample(rng, kind)
+        if scene.kind not in ("single", "two") or rng.random() > share or all(p.color for p in scene.parts):
+            return scene
+
+
 def _sample(rng: random.Random, kind: str) -> Scene:
     color = lambda: rng.choice(COLOR_NAMES) if rng.random() < .45 else None
     things = rng.sample(range(len(THINGS)), 2)
@@ -107,26 +115,34 @@ def plural(name: str) -> str:
     return name + "s"
 
 
-def describe(part: Part, rng: random.Random, wording: float = 1.0) -> str:
-    """A noun phrase. `wording`: how often other words than the plain name are used, 0 for never."""
+def words_of(kind: str, name: str, more: bool) -> tuple[str, ...]:
+    """The words of training for a colour, a relation or a scene."""
+    plain = {"color": lambda: COLORS[name][1], "relation": lambda: RELATIONS[name][0], "scene": lambda: SCENES[name][0]}[kind]()
+    return plain + MORE[kind, name][0] if more else plain
+
+
+def describe(part: Part, rng: random.Random, wording: float = 1.0, more: bool = False) -> str:
+    """A noun phrase. `wording`: how often other words than the plain name are used, 0 for never; `more`: also those of more-words.txt."""
     thing = THINGS[part.thing]
-    color = rng.choice(COLORS[part.color][1]) if part.color and wording else part.color or ""
+    names, descriptions = MORE["thing", thing.icon] if more else ((), ())
+    names, descriptions = thing.names + names, thing.descriptions + descriptions
+    color = rng.choice(words_of("color", part.color, more)) if part.color and wording else part.color or ""
     size = "" if part.size == "normal" else rng.choice(SIZES[part.size])
     chance = rng.random() / max(wording, 1e-6)
     if part.count > 1:
-        other = [n for n in thing.names[1:] if " of " not in n and n not in ("grapes", "cherries", "cheese", "coffee", "corn", "cattle", "fire", "sunshine", "swine")]
+        other = [n for n in names[1:] if " of " not in n and n not in ("grapes", "cherries", "cheese", "coffee", "corn", "cattle", "fire", "sunshine", "swine")]
         noun = plural(rng.choice(other)) if other and chance < .25 else thing.plural
         return " ".join(filter(None, (rng.choice(COUNTS[part.count]), size, color, noun)))
-    if chance < .30 and thing.descriptions:
-        phrase = article(rng.choice(thing.descriptions))
+    if chance < .30 and descriptions:
+        phrase = article(rng.choice(descriptions))
         if color:
             phrase += rng.choice((f" in {color}", f", colored {color}", f" that is {color}"))
         return f"{phrase} ({size})" if size else phrase
-    noun = rng.choice(thing.names[1:]) if chance < .55 and len(thing.names) > 1 else thing.name
+    noun = rng.choice(names[1:]) if chance < .55 and len(names) > 1 else thing.name
     return article(" ".join(filter(None, (size, color, noun))))
 
 
-def place_words(scene: Scene, rng: random.Random) -> str:
+def place_words(scene: Scene, rng: random.Random, more: bool = False) -> str:
     """Position and background, in words; "" if neither needs any."""
     words = ""
     if scene.position:
@@ -136,20 +152,20 @@ def place_words(scene: Scene, rng: random.Random) -> str:
         if color != "white" or rng.random() < .1:
             words += rng.choice((f" on a {color} background", f" on a {color} background", f" in front of a {color} wall", f", {color} background"))
         return words
-    return words + " " + rng.choice(SCENES[scene.background][0])
+    return words + " " + rng.choice(words_of("scene", scene.background, more))
 
 
-def caption(scene: Scene, rng: random.Random, wording: float = 1.0) -> str:
+def caption(scene: Scene, rng: random.Random, wording: float = 1.0, more: bool = False) -> str:
     """A caption of a scene in training's words."""
-    phrases = [describe(part, rng, wording) for part in scene.parts]
+    phrases = [describe(part, rng, wording, more) for part in scene.parts]
     if len(phrases) == 2:
-        link = rng.choice(RELATIONS[scene.relation][0]) if scene.relation else scene.beside if scene.kind == "two" else "and"
+        link = rng.choice(words_of("relation", scene.relation, more)) if scene.relation else scene.beside if scene.kind == "two" else "and"
         if scene.kind == "two" and scene.relation and rng.random() < .15:
             link = rng.choice(("that is ", "which is ", "placed ")) + link
         text = f"{phrases[0]} {link} {phrases[1]}"
     else:
         text = phrases[0]
-    text = (rng.choice(OPENINGS) if wording else "") + text + place_words(scene, rng)
+    text = (rng.choice(OPENINGS) if wording else "") + text + place_words(scene, rng, more)
     if rng.random() < .12:
         text = text[0].upper() + text[1:] + rng.choice((".", "", "!"))
     return text

@@ -25,17 +25,28 @@ def _core(phrase: str) -> str:
     return re.sub(r"^(a|an|the)\s+", "", phrase.lower())
 
 
+def _split(cell: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in cell.split(";") if part.strip())
+
+
+def _rows(name: str) -> list[list[str]]:
+    lines = (Path(__file__).parent / name).read_text().splitlines()
+    return [[cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("#")]
+
+
+# (kind, name) -> more words of training, which `words.py` alone uses; of a thing, names and descriptions.
+MORE = {tuple(head.split()): tuple(map(_split, cells)) for head, *cells in _rows("more-words.txt")}
+
+
 def load_things() -> list[Thing]:
     """The objects of objects.txt. A held-out wording that is a part of any training wording is dropped."""
-    rows = [line for line in (Path(__file__).parent / "objects.txt").read_text().splitlines() if not line.startswith("#")]
-    split = lambda cell: tuple(part.strip() for part in cell.split(";") if part.strip())
-    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
-    trained = {_core(p) for c in cells for p in split(c[2]) + split(c[3])}
+    cells = _rows("objects.txt")
+    trained = {_core(p) for c in cells for p in _split(c[2]) + _split(c[3])} | {_core(p) for parts in MORE.values() for part in parts for p in part}
     found = []
     for icon, plural, names, descriptions, held_out in cells:
-        kept = [p for p in split(held_out) if not any(f" {_core(p.rstrip('*'))} " in f" {t} " for t in trained)]
+        kept = [p for p in _split(held_out) if not any(f" {_core(p.rstrip('*'))} " in f" {t} " for t in trained)]
         allusions = frozenset(p.rstrip("*") for p in kept if p.endswith("*"))
-        found.append(Thing(icon, plural, split(names), split(descriptions), tuple(p.rstrip("*") for p in kept), allusions))
+        found.append(Thing(icon, plural, _split(names), _split(descriptions), tuple(p.rstrip("*") for p in kept), allusions))
     return found
 
 

@@ -86,6 +86,16 @@ pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
     {
         return Err(over("guidance_rescale", "0..=1", format!("guidance_rescale is {share}; it must be 0 to 1")));
     }
+    let (start, stop) = (request.guidance_start.unwrap_or(0.0), request.guidance_stop.unwrap_or(1.0));
+    for (field, part) in [("guidance_start", start), ("guidance_stop", stop)] {
+        if !(0.0..=1.0).contains(&part) {
+            return Err(over(field, "0..=1", format!("{field} is {part}; it must be 0 to 1")));
+        }
+    }
+    if start > stop {
+        let message = format!("guidance_start is {start}, after guidance_stop, {stop}");
+        return Err(over("guidance_start", format!("0..={stop}"), message));
+    }
     pictures(request)?;
     if ImageFormat::try_from(request.format).is_err() {
         return Err(invalid(
@@ -165,6 +175,15 @@ pub fn resolve(
     }
     if request.guidance_rescale() > 0.0 && !model.guidance_rescale {
         return Err(not_offered("guidance_rescale", "0", format!("model {name} does not rescale guidance")));
+    }
+    let field = match (request.guidance_start, request.guidance_stop) {
+        (Some(start), _) if start > 0.0 => Some("guidance_start"),
+        (_, Some(stop)) if stop < 1.0 => Some("guidance_stop"),
+        _ => None,
+    };
+    if let Some(field) = field.filter(|_| !model.guidance_range) {
+        let whole = if field == "guidance_start" { "0" } else { "1" };
+        return Err(not_offered(field, whole, format!("model {name} guides all steps or none")));
     }
     if request.init_image.is_some() && !model.image_to_image {
         return Err(not_offered("init_image", "none", format!("model {name} does not begin with pictures")));
@@ -364,6 +383,16 @@ mod tests {
             (Box::new(|r| r.guidance_rescale = Some(1.5)), LimitExceeded, "guidance_rescale", "0..=1"),
             (Box::new(|r| r.guidance_rescale = Some(f32::NAN)), LimitExceeded, "guidance_rescale", "0..=1"),
             (Box::new(|r| r.guidance_rescale = Some(0.5)), NotOffered, "guidance_rescale", "0"),
+            (Box::new(|r| r.guidance_start = Some(-0.1)), LimitExceeded, "guidance_start", "0..=1"),
+            (Box::new(|r| r.guidance_stop = Some(f32::NAN)), LimitExceeded, "guidance_stop", "0..=1"),
+            (
+                Box::new(|r| (r.guidance_start, r.guidance_stop) = (Some(0.5), Some(0.25))),
+                LimitExceeded,
+                "guidance_start",
+                "0..=0.25",
+            ),
+            (Box::new(|r| r.guidance_start = Some(0.5)), NotOffered, "guidance_start", "0"),
+            (Box::new(|r| r.guidance_stop = Some(0.5)), NotOffered, "guidance_stop", "1"),
             (Box::new(|r| r.init_image = source(b"")), InvalidField, "init_image", ""),
             (Box::new(|r| r.init_image = source(b"png")), NotOffered, "init_image", "none"),
             (Box::new(|r| r.init_image = Some(PictureSource::default())), InvalidField, "init_image", ""),

@@ -15,6 +15,8 @@ struct Line {
     steps: Option<u32>,
     guidance_scale: Option<f32>,
     guidance_rescale: Option<f32>,
+    guidance_start: Option<f32>,
+    guidance_stop: Option<f32>,
     seed: Option<u64>,
     seeds: Vec<u64>,
     signal_id: String,
@@ -24,6 +26,15 @@ struct Line {
     init_image: Option<String>,
     strength: Option<f32>,
     mask: Option<String>,
+}
+
+/// Two numbers, `0.2..0.8`.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn range(text: &str) -> Result<(f32, f32), String> {
+    let parts = text.split_once("..").and_then(|(from, to)| Some((from.trim().parse().ok()?, to.trim().parse().ok()?)));
+    parts.ok_or_else(|| format!("{text:?} is not a range, which is written 0.2..0.8"))
 }
 
 /// A line's request; `model` is that of lines that name none.
@@ -43,6 +54,8 @@ pub fn parse(line: &str, model: &str) -> Result<GenerateRequest, String> {
         steps: line.steps,
         guidance_scale: line.guidance_scale,
         guidance_rescale: line.guidance_rescale,
+        guidance_start: line.guidance_start,
+        guidance_stop: line.guidance_stop,
         seed: line.seed,
         seeds: line.seeds,
         signal_id: line.signal_id,

@@ -34,5 +34,5 @@ pub mod internal {
     pub use v1::*;
 }
 
-/// Every `.proto` file, encoded: what the reflection service answers from.
+/// Every public `.proto` file, encoded: what the reflection service answers from.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/efferent.bin"));

@@ -92,6 +92,11 @@ pub fn shared_signal_key(prompt_hash: &str) -> String {
     format!("shared.{prompt_hash}")
 }
 
+/// Key in bucket `signals` of the signal that a later attempt at a job's brain task stored: that of the first may never have been.
+pub fn job_signal_key(job_id: &str) -> String {
+    format!("job.{job_id}")
+}
+
 /// A new job id. Sorts by time of creation.
 pub fn new_job_id() -> String {
     ulid::Ulid::new().to_string()

@@ -128,12 +128,18 @@ def write_golden(folder, golden):
 
 
 @torch.no_grad()
-def record(pipe, golden, key, prompt, seed, unpack=lambda latents: latents, **options):
-    """Latents after every evaluation, `unpack`ed, and the picture (uint8), into golden[key + ...]."""
+def record(pipe, golden, key, prompt, seed, unpack=lambda latents: latents, guided_steps=None, **options):
+    """Latents after every evaluation, `unpack`ed, and the picture (uint8), into golden[key + ...]. From step `guided_steps` on there is no guidance (diffusers' guide to callbacks tells how)."""
     latents = []
+    texts = ["prompt_embeds", "add_text_embeds", "add_time_ids"]
+    if guided_steps is not None:
+        options["callback_on_step_end_tensor_inputs"] = ["latents", *(text for text in texts if text in pipe._callback_tensor_inputs)]
 
-    def note(_, __, ___, tensors):
+    def note(pipe, step, __, tensors):
         latents.append(unpack(tensors["latents"]).clone())
+        if guided_steps is not None and step + 1 == guided_steps:
+            pipe._guidance_scale = 0.0
+            tensors.update({text: tensors[text].chunk(2)[-1] for text in texts if text in tensors})
         return tensors
 
     out = pipe(prompt, generator=torch.Generator().manual_seed(seed), callback_on_step_end=note, output_type="np", **options)

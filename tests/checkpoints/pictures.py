@@ -1,4 +1,4 @@
-"""Writes pictures.safetensors into the checkpoints beside it: what diffusers computes with them when it begins with a picture (image to image) or changes a part of one (inpainting), and with guidance rescaled.
+"""Writes pictures.safetensors into the checkpoints beside it: what diffusers computes with them when it begins with a picture (image to image) or changes a part of one (inpainting), with guidance rescaled, and with guidance in the first steps only.
 
 python tests/checkpoints/pictures.py [NAME ...], after the scripts that make the checkpoints
 """
@@ -89,6 +89,9 @@ def main(names):
                 drawn(f"partly.{strength}", getattr(diffusers, partly), strength, own, mask_image=mask)
         if name.startswith("sd1") or name.startswith("sd2") or "sdxl" in name:
             record(whole, golden, "rescaled.0.7", PROMPTS[0], 60, num_inference_steps=STEPS, guidance_scale=4.0, guidance_rescale=.7, height=height, width=width)
+        if name in ("sd15", "sdxl"):
+            # Of 5 steps 3, 0.7 of them rounded down.
+            record(whole, golden, "ranged.0.7", PROMPTS[0], 60, guided_steps=3, num_inference_steps=STEPS, guidance_scale=4.0, height=height, width=width)
         for sampler, scheduler in samplers.items():
             kind = getattr(diffusers, scheduler)
             drawn(f"begun.{sampler}", getattr(diffusers, begun), .6, kind.from_config(own.config))

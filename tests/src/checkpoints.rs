@@ -48,9 +48,17 @@ pub fn device() -> Device {
 /// A checkpoint with its engines.
 pub fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
     let pipeline = Pipeline::open(&folder(name)).expect("is there");
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), device())().expect("is there");
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])().expect("is there");
     let hand = hands::factory(&pipeline, device())().expect("is there");
     (pipeline, brain, hand)
+}
+
+/// The engines of a checkpoint on two devices: layers of language models shared out, the branch without the prompt apart. On CPU both are the same processor.
+pub fn open_on_two(name: &str) -> (Box<dyn Brain>, Box<dyn Hand>) {
+    let pipeline = Pipeline::open(&folder(name)).expect("is there");
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device(), device()])().expect("is there");
+    let devices = hands::Devices { first: device(), second: Some(device()) };
+    (brain, hands::factory(&pipeline, devices)().expect("is there"))
 }
 
 /// What diffusers computed.
@@ -178,8 +186,9 @@ pub fn begun(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<E
             guidance_scale: if name.starts_with("flux") { 3.5 } else { 4.0 },
             seed: 60,
             sampler,
+            guidance_range: 0.0..if kind == "ranged" { strength as f32 } else { 1.0 },
             guidance_rescale: if kind == "rescaled" { strength as f32 } else { 0.0 },
-            picture: (kind != "rescaled")
+            picture: matches!(kind, "begun" | "partly")
                 .then(|| Arc::new(pictures::picture(image, mask, size, strength).expect("is there"))),
         };
         compare(hand, &golden, key, &request, &mut errors);

@@ -204,7 +204,10 @@ impl Battered {
         let mut add = |target, role, args| {
             places.insert(target, Place { role, args, process: Slot::new(None) });
         };
-        (0..scope.brains).for_each(|n| add(Target::Brain(n), "brain", Vec::new()));
+        // Hands fetch the signals of every other brain.
+        let large =
+            |n| if n % 2 == 1 { vec!["--sim-signal-bytes".to_owned(), "600000".to_owned()] } else { Vec::new() };
+        (0..scope.brains).for_each(|n| add(Target::Brain(n), "brain", large(n)));
         (0..scope.hands).for_each(|n| add(Target::Hand(n), "hand", Vec::new()));
         let mut urls = Vec::new();
         for n in 0..scope.coordinators {

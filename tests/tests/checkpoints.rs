@@ -20,7 +20,7 @@ use efferent_tests::{
     calls::{all, generate, job, kind, request, until},
     checkpoints::{
         Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, begun, compare, device, difference, embed, folder, open,
-        steps_apart,
+        open_on_two, steps_apart,
     },
     local::Cluster,
     processes::{self, connect},
@@ -71,7 +71,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
     let configs = pipeline.brain().config["encoders"].as_array().cloned().unwrap_or_default();
     for (number, config) in configs.iter().enumerate() {
         let config = serde_json::from_value(config.clone()).unwrap();
-        let encoder = Encoder::load(pipeline.folder(), &config, &device()).unwrap();
+        let encoder = Encoder::load(pipeline.folder(), &config, &[device()]).unwrap();
         for (i, prompt) in texts() {
             let ids: Vec<f32> = encoder.ids(prompt, Use::Prompt).unwrap().into_iter().map(|id| id as f32).collect();
             assert_eq!(ids, golden.values(&format!("{i}.ids.{number}")), "{name}: ids of {prompt:?}");
@@ -108,6 +108,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
         seed,
         sampler: sampler.clone(),
         guidance_rescale: 0.0,
+        guidance_range: 0.0..1.0,
         picture: None,
     };
     let usual = golden.size("0.guided.image");
@@ -206,12 +207,69 @@ fn engines_keep_the_contract() {
                 seed,
                 sampler: sampler.clone(),
                 guidance_rescale: 0.0,
+                guidance_range: 0.0..1.0,
                 picture: None,
             };
             let guidance = if is_unguided(sampler) { 1.0 } else { 4.0 };
             testing::check_hand(&mut *hand, &[render(3, 1, guidance), render(5, 2, guidance), render(1, 3, guidance)]);
         }
     }
+}
+
+/// A picture's latents after each step.
+fn latents(hand: &mut dyn Hand, request: &RenderRequest) -> Vec<Vec<u8>> {
+    let mut sample = hand.begin(request).unwrap();
+    let step = |_| {
+        hand.step(&mut [&mut sample]).remove(0).unwrap();
+        hand.checkpoint(&sample).unwrap()[12..].to_vec()
+    };
+    (0..request.steps).map(step).collect()
+}
+
+#[test]
+fn two_devices_give_what_one_gives_and_only_steps_in_the_range_are_guided() {
+    for (name, _) in CHECKPOINTS {
+        let (_, mut brain, mut hand) = open(name);
+        let (mut brain_on_two, mut hand_on_two) = open_on_two(name);
+        let negative = negative(&*brain);
+        let signal = embed(&mut *brain, PROMPTS[2], negative);
+        assert_eq!(embed(&mut *brain_on_two, PROMPTS[2], negative), signal, "{name}");
+        let whole = RenderRequest {
+            signal,
+            size: Golden::open(name).size("0.guided.image"),
+            steps: 4,
+            guidance_scale: 4.0,
+            seed: 5,
+            sampler: brain.spec().model.samplers[0].clone(),
+            guidance_rescale: 0.0,
+            guidance_range: 0.0..1.0,
+            picture: None,
+        };
+        let guided = latents(&mut *hand, &whole);
+        assert_eq!(latents(&mut *hand_on_two, &whole), guided, "{name}");
+        if !brain.spec().model.guidance_range {
+            continue;
+        }
+        let ranged = |range| RenderRequest { guidance_range: range, ..whole.clone() };
+        let never = latents(&mut *hand, &ranged(0.0..0.0));
+        let (late, early) = (latents(&mut *hand, &ranged(0.5..1.0)), latents(&mut *hand, &ranged(0.0..0.5)));
+        assert_eq!((&late[..2], &early[..2]), (&never[..2], &guided[..2]), "{name}");
+        assert!(late[2] != never[2] && early[2] != guided[2], "{name}: from the third step on the two part");
+        // A step of which one sample is guided and the other is not.
+        let mut samples = [ranged(0.5..1.0), ranged(0.0..0.5)].map(|request| hand.begin(&request).unwrap());
+        for step in 0..4 {
+            let [first, second] = &mut samples;
+            assert!(hand.step(&mut [first, second]).into_iter().all(|outcome| outcome.is_ok()));
+            for (sample, alone) in samples.iter().zip([&late, &early]) {
+                assert_eq!(hand.checkpoint(sample).unwrap()[12..], alone[step], "{name}: mates do not matter");
+            }
+        }
+    }
+}
+
+/// A negative prompt where there can be one.
+fn negative(brain: &dyn Brain) -> &'static str {
+    if brain.spec().model.negative_prompt { NEGATIVE } else { "" }
 }
 
 /// Of every other sampler, the contract is checked without guidance.
@@ -232,6 +290,7 @@ fn what_does_not_fit_is_refused() {
         seed: 1,
         sampler: "euler".to_owned(),
         guidance_rescale: 0.0,
+        guidance_range: 0.0..1.0,
         picture: None,
     };
     let message = |hand: &mut dyn Hand, request: &RenderRequest| hand.begin(request).unwrap_err().to_string();
@@ -300,7 +359,7 @@ fn damaged(name: &str, change: impl Fn(&Path)) -> String {
         }
         text
     };
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), Device::Cpu)().err().map(told);
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![Device::Cpu])().err().map(told);
     let hand = hands::factory(&pipeline, Device::Cpu)().err().map(told);
     [brain, hand].into_iter().flatten().collect::<Vec<_>>().join("\n")
 }
@@ -425,7 +484,7 @@ async fn a_request_goes_through_brain_and_hand() {
         let golden = Golden::open(name);
         let cluster = Cluster::new().await;
         let coordinator = cluster.coordinator().await;
-        let _brain = cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), device())).await;
+        let _brain = cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])).await;
         let _hand = cluster.hand(hands::factory(&pipeline, device())).await;
         cluster.settled().await;
         let mut client = coordinator.client().await;

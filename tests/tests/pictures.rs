@@ -107,6 +107,7 @@ async fn a_picture_is_begun_with_wherever_its_file_comes_from() {
         seed: 3,
         sampler: engines.0.model(&engines.0.declared_space().unwrap()).samplers[0].clone(),
         guidance_rescale: 0.0,
+        guidance_range: 0.0..1.0,
         picture: Some(Arc::new(pictures::picture(image, Some(mask), size, 0.5).unwrap())),
     };
     let mut sample = engines.2.begin(&alone).unwrap();
@@ -162,6 +163,7 @@ fn samples_that_began_with_pictures_keep_the_contract() {
                 seed,
                 sampler: sampler.clone(),
                 guidance_rescale: 0.0,
+                guidance_range: 0.0..1.0,
                 picture: Some(Arc::new(pictures::picture(image, mask, size, strength).unwrap())),
             };
             let mask = model.inpainting.then_some(mask);

@@ -10,7 +10,7 @@ use efferent_proto::{
     },
 };
 use efferent_tests::{
-    calls::{generate, job, kind, request},
+    calls::{PATIENCE, all, generate, job, kind, request, until},
     local::{Cluster, Coordinator},
     processes::{self, connect},
 };
@@ -150,4 +150,34 @@ async fn equal_prompts_at_several_brains_cost_one_pass() {
     assert_eq!(computed, 1, "prompts that were computed");
     let shared: u64 = brains.iter().map(|brain| brain.counter("efferent_signal_cache_total{result=\"shared\"}")).sum();
     assert!(shared > 0, "the other brains had it from the first");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_signals_come_from_their_brain_and_without_it_from_the_store() {
+    let cluster = processes::Cluster::start(&[("EFFERENT_MODEL", "sim"), ("EFFERENT_SIM__STEP", "20ms")]);
+    let (brain, _) = cluster.role("brain", &["--sim-signal-bytes", "3000000"]);
+    let (hand, _) = cluster.role("hand", &["--max-images", "1"]);
+    let (_coordinator, url) = cluster.coordinator();
+    let mut client = connect(&url).await;
+    let fetched = |way: &str| hand.counter(&format!("efferent_hand_signal_seconds_count{{way=\"{way}\"}}"));
+    // The hand has a place for the first of two images; both have the same signal.
+    let wanted = |prompt, steps| GenerateRequest { image_count: Some(2), steps: Some(steps), ..request(prompt) };
+    let events = generate(&mut client, wanted("a red apple", 1)).await;
+    assert_eq!(kind(events.last().expect("events")), "done");
+    assert_eq!((fetched("served"), fetched("stored")), (1, 0));
+    // The second job's task waits for the first job's images; meanwhile its brain dies.
+    let mut slow = client.generate(wanted("a blue fish", 50)).await.expect("accepted").into_inner();
+    until(&mut slow, "step").await;
+    let mut next = client.generate(wanted("a green car", 1)).await.expect("accepted").into_inner();
+    until(&mut next, "conditioning").await;
+    let published = async {
+        while brain.counter("efferent_brain_publish_seconds_count") < 3 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, published).await.expect("the brain is done");
+    brain.kill();
+    let events = all(next).await;
+    assert_eq!(kind(events.last().expect("events")), "done");
+    assert_eq!((fetched("served"), fetched("stored")), (2, 1));
 }

@@ -17,7 +17,7 @@ use crate::families::unloadable;
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or is not of a decoder that is known.
-pub fn load(folder: &Path, largest: usize, device: &Device) -> Result<Decoder, EngineError> {
+pub fn load(folder: &Path, largest: usize, devices: &[Device]) -> Result<Decoder, EngineError> {
     let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let unloadable = unloadable(&name);
     let fields = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
@@ -31,11 +31,19 @@ pub fn load(folder: &Path, largest: usize, device: &Device) -> Result<Decoder, E
     // What predicts tokens is not read, nor is what sees.
     let wanted =
         |tensor: &str| tensor.starts_with(prefix) && tensor != "lm_head.weight" && !is_of_another(tensor, alone);
-    let mut tensors = Weights::open_some(&files, device, wanted).map_err(|e| unloadable(e.into()))?;
+    let mut tensors = Weights::open_some(&files, loading(devices), wanted).map_err(|e| unloadable(e.into()))?;
     tensors.rename(|tensor| format!("model.{}", tensor.strip_prefix(prefix).unwrap_or(tensor)));
     let decoder = Decoder::new(config, Naming::Transformers, &mut tensors).map_err(|e| unloadable(e.into()))?;
     tensors.finish().map_err(|e| unloadable(e.into()))?;
-    Ok(decoder)
+    decoder.spread(devices).map_err(|e| unloadable(e.into()))
+}
+
+/// Where weights are read to, that are then shared out over these devices: not all need fit on the first.
+pub fn loading(devices: &[Device]) -> &Device {
+    match devices {
+        [only] => only,
+        _ => &Device::Cpu,
+    }
 }
 
 /// Whether a tensor under the decoder's prefix belongs to what sees.

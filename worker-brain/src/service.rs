@@ -7,11 +7,11 @@ use std::{
 
 use bytes::Bytes;
 use efferent_bus::{
-    Delivery, NewTask,
-    ledger::{Ledger, Transition},
+    Bucket, Delivery, MAX_MESSAGE, NewTask,
+    ledger::{self, Ledger, Transition},
 };
 use efferent_proto::{
-    internal::{BrainTask, JobRecord, hand_task},
+    internal::{BrainTask, JobRecord, ServedSignal, SharedSignal, hand_task},
     names,
     v1::{Device, Model, Signal, WorkerRole},
     work::MAX_DEADLINE,
@@ -34,11 +34,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::{
     batch::{Encoder, Outcome},
+    serve::{Serve, Shelf},
     shared::Shared,
 };
 
-/// Signals up to this many bytes travel in the task; larger ones wait in the object store.
-const MAX_INLINE: usize = 512 * 1024;
 /// One batch computes while the next one is pulled.
 const BATCHES: usize = 2;
 /// So many more may be computed and not yet published: the queue's latency does not keep the engine waiting.
@@ -58,6 +57,12 @@ pub struct Options {
     /// How long control signals stay where the other brains of the cluster find them; 0 shares none. Default 1 h.
     #[serde(with = "humantime_serde")]
     pub share: Duration,
+    /// Signals of up to this many bytes travel in the tasks of hands; larger ones are fetched. Default 512 KiB, at most 896 KiB.
+    pub inline_bytes: Inline,
+    /// Where hands fetch larger signals. Default where the bus sees this machine.
+    pub serve: Serve,
+    /// Bytes of signals that are served at most. Default 256 MiB.
+    pub serve_bytes: u64,
     /// How long a stop waits for work in hand. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
@@ -73,9 +78,42 @@ impl Default for Options {
             batch_wait: Duration::from_millis(3),
             cache_bytes: 64 * 1024 * 1024,
             share: Duration::from_secs(3600),
+            inline_bytes: Inline::default(),
+            serve: Serve::default(),
+            serve_bytes: 256 * 1024 * 1024,
             grace: Duration::from_secs(30),
             step_timeout: Duration::from_secs(600),
         }
+    }
+}
+
+/// How large a signal may be that travels in a task.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "usize", into = "usize")]
+pub struct Inline(usize);
+
+impl Inline {
+    /// A message holds a task's other parts too.
+    const MOST: usize = MAX_MESSAGE - 64 * 1024;
+}
+
+impl Default for Inline {
+    fn default() -> Self {
+        Self(512 * 1024)
+    }
+}
+
+impl TryFrom<usize> for Inline {
+    type Error = String;
+
+    fn try_from(bytes: usize) -> Result<Self, String> {
+        if bytes <= Self::MOST { Ok(Self(bytes)) } else { Err(format!("{bytes} is over {}", Self::MOST)) }
+    }
+}
+
+impl From<Inline> for usize {
+    fn from(inline: Inline) -> Self {
+        inline.0
     }
 }
 
@@ -99,6 +137,8 @@ struct Worker {
     encoder: Encoder,
     member: Member,
     cancellations: Cancellations,
+    inline_bytes: usize,
+    shelf: Option<Shelf>,
 }
 
 /// Serves until `shutdown`: loads the brain, registers, works, and at the end finishes what it has.
@@ -133,7 +173,9 @@ pub async fn run(
     let encoder = Encoder::new(engine, options.cache_bytes, shared).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, brain = model.brain, "brain is ready");
-    let worker = Arc::new(Worker { ledger: ledger.clone(), encoder, member, cancellations });
+    let shelf = Shelf::open(options.serve, ledger.bus().local_address(), options.serve_bytes).await;
+    let inline_bytes = options.inline_bytes.into();
+    let worker = Arc::new(Worker { ledger: ledger.clone(), encoder, member, cancellations, inline_bytes, shelf });
     tokio::select! {
         () = work(&options, &worker, &model, &shutdown) => {}
         hang = watchdog.hangs(options.step_timeout) => return Err(hang.into()),
@@ -300,25 +342,43 @@ impl Worker {
         held.done().await
     }
 
+    /// Publishes the hands' tasks; those of a large signal while it is being stored, if hands can fetch it here until then.
     async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
         let Taken { _in_flight, mut held, task, record } = taken;
         held.defer_beginning();
         let started = Instant::now();
-        let signal = if signal.encoded_len() <= MAX_INLINE {
-            hand_task::Signal::Inline(signal.as_ref().clone())
-        } else {
-            let encoded = Bytes::from(signal.encode_to_vec());
-            let retention = Some(self.ledger.options().retention);
-            hand_task::Signal::Stored(
-                held.patiently(|| self.ledger.bus().put_object(encoded.clone(), retention)).await?,
-            )
-        };
         let request = task.request.clone().unwrap_or_default();
         let queue = names::hand_queue(&record.model.as_ref().unwrap_or(&Model::default()).hand, request.lane());
-        let headers = held.trace().headers();
-        let tasks = self.ledger.hand_tasks(&record, &signal, &headers);
-        let published = join_all(tasks.into_iter().map(|task| self.publish_when_room(&queue, task, &held))).await;
-        published.into_iter().collect::<efferent_bus::Result<Vec<()>>>()?;
+        let send = async |signal: hand_task::Signal| {
+            let tasks = self.ledger.hand_tasks(&record, &signal, &held.trace().headers());
+            let published = join_all(tasks.into_iter().map(|task| self.publish_when_room(&queue, task, &held))).await;
+            published.into_iter().collect::<efferent_bus::Result<()>>()
+        };
+        let (small, first) = (signal.encoded_len() <= self.inline_bytes, held.attempt() == 1);
+        if small && first {
+            send(hand_task::Signal::Inline(signal.as_ref().clone())).await?;
+        } else {
+            let encoded = Bytes::from(signal.encode_to_vec());
+            let hash = blake3::hash(&encoded).to_hex().to_string();
+            let retention = Some(self.ledger.options().retention);
+            let store = || held.patiently(|| self.ledger.bus().put_object(encoded.clone(), retention));
+            match self.shelf.as_ref().filter(|_| first) {
+                Some(shelf) => {
+                    let address = shelf.put(hash.clone(), encoded.clone());
+                    let served = hand_task::Signal::Served(ServedSignal { hash, address });
+                    let (stored, sent) = tokio::join!(store(), send(served));
+                    stored?;
+                    sent?;
+                }
+                None => {
+                    store().await?;
+                    if !first {
+                        self.replace(&task.job_id, &hash, &held).await?;
+                    }
+                    send(hand_task::Signal::Stored(hash)).await?;
+                }
+            }
+        }
         metrics::histogram!("efferent_brain_publish_seconds").record(started.elapsed().as_secs_f64());
         if held.is_unwanted() {
             // Cancelled while publishing: the purge may have come before the tasks.
@@ -326,6 +386,14 @@ impl Worker {
             return held.stopped(task.expires_at_ms).await;
         }
         held.done().await
+    }
+
+    /// Tells hands that hold a task of the attempt before, whose signal may never have been stored, of this one's.
+    async fn replace(&self, job_id: &str, hash: &str, held: &Held) -> efferent_bus::Result<()> {
+        let known = SharedSignal { stored: hash.to_owned(), worker_id: self.member.id().to_owned() };
+        let (key, retention) = (names::job_signal_key(job_id), Some(self.ledger.options().retention));
+        let put = || self.ledger.bus().put(Bucket::Signals, &key, ledger::encode(&known), retention);
+        held.patiently(put).await.map(drop)
     }
 
     /// Publishes, waiting for room in the queue for as long as the job is wanted.

@@ -95,6 +95,7 @@ async fn step_level(arrivals: &[Duration], start: Instant) -> Times {
             seed: 0,
             sampler: String::new(),
             guidance_rescale: 0.0,
+            guidance_range: 0.0..1.0,
             picture: None,
         };
         engine.submit(Order {

@@ -99,6 +99,10 @@ fn parameters(request: &GenerateRequest, task: &HandTask) -> String {
     if request.guidance_rescale() > 0.0 {
         let _ = write!(more, "CFG rescale: {}, ", request.guidance_rescale());
     }
+    let range = (request.guidance_start.unwrap_or(0.0), request.guidance_stop.unwrap_or(1.0));
+    if range != (0.0, 1.0) {
+        let _ = write!(more, "CFG range: {}..{}, ", range.0, range.1);
+    }
     let _ = write!(
         text,
         "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}x{}, {more}Model: {}, Model hash: {}, Version: efferent {}",

@@ -1,7 +1,7 @@
 //! Hand worker: takes control signals from the queue, renders images, records them.
 //!
 //! Read in this order: [`service`] (the worker), [`places`] (how many tasks it holds), [`engine_loop`] (the thread that steps a running batch),
-//! [`turns`] (who is advanced next), [`profile`] (how many together), [`checkpoints`] (going on after a crash), [`encode`] (image files), [`pictures`] (files
+//! [`signals`] (where control signals come from), [`turns`] (who is advanced next), [`profile`] (how many together), [`checkpoints`] (going on after a crash), [`encode`] (image files), [`pictures`] (files
 //! that requests bring),
 //! [`latent`], [`noise`], [`samplers`] and [`networks`] (shared by families), [`families`] (the models).
 //!
@@ -19,6 +19,7 @@ mod places;
 pub mod profile;
 pub mod samplers;
 pub mod service;
+mod signals;
 pub mod turns;
 
 pub use service::{Error, Options, run};

@@ -14,7 +14,7 @@ use efferent_bus::{
 };
 use efferent_proto::{
     ApiError,
-    internal::{ControlSignal, HandTask, hand_task},
+    internal::{ControlSignal, HandTask},
     names, time,
     v1::{
         Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, PictureSource, Preview, Step, WorkerRole,
@@ -33,7 +33,6 @@ use efferent_worker::{
 };
 use futures::future::join_all;
 use image::RgbImage;
-use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use tokio::{
     sync::{mpsc, watch},
@@ -47,6 +46,7 @@ use crate::{
     engine_loop::{Checkpoint, EngineLoop, Order, Rules, Update},
     pictures::{self, File},
     places::{Place, Places},
+    signals::{Absent, Signals},
 };
 
 /// Files of up to this many bytes are sent to whoever listens before the image is recorded, so that nobody has to fetch them.
@@ -59,6 +59,12 @@ const MAX_ENCODED_HERE: usize = 32 * 1024;
 const LEAD: Duration = Duration::from_millis(50);
 /// Most of the grace period that is kept for checkpoints of what is not done, and for handing it back.
 const LEAVING: Duration = Duration::from_secs(5);
+
+/// Why work goes back to the queue when the worker stops.
+const STOPPING: &str = "the worker was told to stop";
+/// How long a task waits whose control signal is neither stored nor to be had from its brain. Long enough for another brain to make it again: it gets the
+/// task when the lease of the first has ended.
+const SIGNAL_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a hand worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -116,6 +122,7 @@ struct Worker {
     engine: EngineLoop,
     member: Member,
     cancellations: Cancellations,
+    signals: Signals,
     model: Model,
     /// Cancelled towards the end of the grace period.
     abandoned: CancellationToken,
@@ -173,7 +180,8 @@ pub async fn run(
     tracing::info!(worker_id = member.id(), model = model.name, hand = model.hand, "hand is ready");
     let leaving = LEAVING.min(options.grace / 5);
     let (abandoned, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let worker = Arc::new(Worker { ledger, engine, member, cancellations, model, abandoned, leaving });
+    let signals = Signals::new(ledger.bus().clone());
+    let worker = Arc::new(Worker { ledger, engine, member, cancellations, signals, model, abandoned, leaving });
     let places = Places::new(places);
     let done = async {
         join_all(names::LANES.map(|lane| worker.clone().work(lane, &places, &tasks, &shutdown))).await;
@@ -265,7 +273,7 @@ impl Worker {
             Admission::Suspect(held) => {
                 let alone = tokio::select! {
                     alone = place.alone() => alone,
-                    () = self.abandoned.cancelled() => return held.hand_back().await,
+                    () = self.abandoned.cancelled() => return held.hand_back(STOPPING, Duration::ZERO).await,
                 };
                 // It begins anew, in case it is the checkpoint that its workers died of.
                 (held.begin_again().await?, alone, None)
@@ -284,9 +292,10 @@ impl Worker {
             checkpoints.remove().await;
             return held.done().await;
         }
-        let signal = match self.signal(task).await? {
+        let signal = match self.signals.of(task).await? {
             Ok(signal) => signal,
-            Err(error) => return held.failed(&error).await,
+            Err(Absent::Failed(error)) => return held.failed(&error).await,
+            Err(Absent::Later) => return held.hand_back("its control signal is not there yet", SIGNAL_PAUSE).await,
         };
         let request = task.request.clone().unwrap_or_default();
         let picture = match self.picture(&request).await? {
@@ -335,7 +344,7 @@ impl Worker {
                     checkpoints.store(checkpoint).await;
                 }
                 checkpoints.wait().await;
-                held.hand_back().await
+                held.hand_back(STOPPING, Duration::ZERO).await
             }
         }
     }
@@ -346,24 +355,7 @@ impl Worker {
         tokio::time::sleep(self.leaving / 2).await;
     }
 
-    /// The control signal of a task; the inner error is the task's, the outer one the bus's.
-    async fn signal(&self, task: &HandTask) -> efferent_bus::Result<Result<Arc<ControlSignal>, EngineError>> {
-        let refused = |message: String| Ok(Err(ApiError::new(ErrorCode::Internal, message).into()));
-        let missing = |message: String| Ok(Err(EngineError::Missing(message)));
-        match &task.signal {
-            Some(hand_task::Signal::Inline(signal)) => Ok(Ok(Arc::new(signal.clone()))),
-            Some(hand_task::Signal::Stored(hash)) => match read_object(self.ledger.bus().as_ref(), hash).await? {
-                Some(bytes) => match ControlSignal::decode(bytes) {
-                    Ok(signal) => Ok(Ok(Arc::new(signal))),
-                    Err(error) => refused(format!("the stored control signal cannot be decoded: {error}")),
-                },
-                None => missing(format!("the control signal {hash} is not in the object store")),
-            },
-            None => refused("the task has no control signal".to_owned()),
-        }
-    }
-
-    /// A file that a request refers to; errors as those of [`Worker::signal`].
+    /// A file that a request refers to; the inner error is the task's, the outer one the bus's.
     async fn file(&self, field: &str, source: &PictureSource) -> efferent_bus::Result<Result<Bytes, EngineError>> {
         let missing = |what: &str| EngineError::Missing(format!("{field} {what} is not in the object store"));
         // The coordinator has put whatever a request brought.
@@ -372,7 +364,7 @@ impl Worker {
         Ok(found.ok_or_else(|| missing(hash)))
     }
 
-    /// The picture that a request begins with, if any; errors as those of [`Worker::signal`].
+    /// The picture that a request begins with, if any; errors as those of [`Worker::file`].
     async fn picture(
         &self,
         request: &GenerateRequest,
@@ -549,6 +541,7 @@ fn render_request(
         steps: request.steps(),
         guidance_scale: request.guidance_scale(),
         guidance_rescale: request.guidance_rescale(),
+        guidance_range: request.guidance_start.unwrap_or(0.0)..request.guidance_stop.unwrap_or(1.0),
         seed,
         sampler: request.sampler.clone(),
         picture,

@@ -152,6 +152,7 @@ impl Rig {
             seed,
             sampler,
             guidance_rescale: 0.0,
+            guidance_range: 0.0..1.0,
             picture: None,
         };
         let ends = (unwanted.clone(), released.clone());

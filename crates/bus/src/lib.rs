@@ -13,6 +13,7 @@ pub mod nats;
 use std::{
     collections::BTreeMap,
     fmt::Debug,
+    net::IpAddr,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -264,6 +265,11 @@ pub struct Event {
 pub trait Bus: Send + Sync + Debug {
     /// `nats` or `embedded`.
     fn kind(&self) -> &'static str;
+
+    /// This machine's address, as whoever is across the network sees it; none where the bus is within one process.
+    fn local_address(&self) -> Option<IpAddr> {
+        None
+    }
 
     /// Whether it answers now. Used by readiness checks.
     async fn ping(&self) -> Result<()>;

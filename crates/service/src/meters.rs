@@ -61,6 +61,7 @@ const HISTOGRAMS: &[Meter] = &[
     ("efferent_brain_batch_size", "Prompts that a brain embedded together"),
     ("efferent_brain_embed_seconds", "Time of a brain's forward pass"),
     ("efferent_brain_publish_seconds", "Time to publish a job's tasks for hands"),
+    ("efferent_hand_signal_seconds", "Time to get a control signal that did not come with its task, by way"),
     ("efferent_hand_batch_size", "Samples that a hand advanced together"),
     ("efferent_hand_step_seconds", "Time of a step of a hand's batch"),
     ("efferent_hand_decode_seconds", "Time to decode an image"),

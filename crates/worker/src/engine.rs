@@ -4,7 +4,7 @@
 //! values: what an engine cannot do it answers with [`EngineError`], never with a panic. If it panics all the same, the thread
 //! catches it, fails the requests at hand and builds the engine anew.
 
-use std::{any::Any, fmt::Debug, sync::Arc};
+use std::{any::Any, fmt::Debug, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use efferent_proto::{
@@ -126,12 +126,22 @@ pub struct RenderRequest {
     pub guidance_scale: f32,
     /// How much of the contrast that guidance adds is taken back, 0 to 1. Only for models that offer it.
     pub guidance_rescale: f32,
+    /// Between which parts of the steps there is guidance: 0..1 for all.
+    pub guidance_range: Range<f32>,
     /// Seed of the noise. The picture depends on it and on nothing else that is random.
     pub seed: u64,
     /// Sampler by name.
     pub sampler: String,
     /// What to begin with instead of noise alone. Only for models that offer it.
     pub picture: Option<Arc<Picture>>,
+}
+
+impl RenderRequest {
+    /// Which of so many steps are guided. Source: diffusers 0.42.1, `guiders/classifier_free_guidance.py`.
+    pub fn guided_steps(&self, steps: u32) -> Range<u32> {
+        let step = |part: f32| (f64::from(part) * f64::from(steps)) as u32;
+        step(self.guidance_range.start)..step(self.guidance_range.end)
+    }
 }
 
 /// A picture to begin with, of the size that is asked for.

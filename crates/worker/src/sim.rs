@@ -54,6 +54,7 @@ pub fn model() -> Model {
         image_to_image: false,
         inpainting: false,
         guidance_rescale: false,
+        guidance_range: false,
         size_range: None,
         live_brains: 0,
         live_hands: 0,

@@ -302,15 +302,15 @@ impl Held {
         self.patiently(|| self.lease.ack()).await
     }
 
-    /// Hands it back for another worker, at once.
+    /// Hands it back for another worker, after a pause, and tells why. It does not count as a failure.
     ///
     /// # Errors
     /// If the bus is unavailable. The task is then delivered again when its lease ends.
-    pub async fn hand_back(mut self) -> efferent_bus::Result<()> {
+    pub async fn hand_back(mut self, why: &str, pause: Duration) -> efferent_bus::Result<()> {
         self.defer_beginning();
-        let handed_back = self.attempt_with(FailureClass::HandedBack, "the worker was told to stop".to_owned());
+        let handed_back = self.attempt_with(FailureClass::HandedBack, why.to_owned());
         self.ledger.apply(&self.job_id, &Transition::Missed(handed_back)).await?;
-        self.lease.nak(Duration::ZERO).await
+        self.lease.nak(pause).await
     }
 
     /// It was stopped because the job is cancelled or expired: settles which.

@@ -104,6 +104,13 @@ fn every_family_agrees_with_transformers() {
             let last = decoder.states(&decoder.embed(ids).unwrap(), mask, &[2]).unwrap();
             assert!(error(&last[0], &golden[2], mask) < 2e-5, "{name}: a layer alone");
         }
+        // Layers shared out over two devices, which here are one processor.
+        let states = |decoder: &Decoder| {
+            let states = decoder.states(&decoder.embed(&ids).unwrap(), &mask, &[1, 3]).unwrap();
+            states.iter().map(|state| state.flatten_all().unwrap().to_vec1::<f32>().unwrap()).collect::<Vec<_>>()
+        };
+        let whole = states(&decoder);
+        assert_eq!(states(&decoder.spread(&[Device::Cpu, Device::Cpu]).unwrap()), whole, "{name}");
     }
 }
 

@@ -22,8 +22,15 @@ pub struct Source {
     pub pipeline: Pipeline,
     /// The language model's weights, where they are not in the model folder.
     pub weights: Option<PathBuf>,
-    /// Where to compute.
-    pub device: Device,
+    /// Where to compute: on one device, or on several that share the layers of a language model out, or text encoders.
+    pub devices: Vec<Device>,
+}
+
+impl Source {
+    /// Where everything is that is not shared out.
+    pub fn device(&self) -> &Device {
+        self.devices.first().unwrap_or(&Device::Cpu)
+    }
 }
 
 type Load = fn(&Source) -> Result<Box<dyn Brain>, EngineError>;
@@ -33,8 +40,8 @@ pub const FAMILIES: [(&str, Load); 3] =
     [("metaquery", metaquery::load), ("smollm2", smollm2::load), ("text_encoders", text_encoders::load)];
 
 /// Builds the brain of a pipeline. Weights that are not in its folder are looked for in the home folder.
-pub fn factory(pipeline: &Pipeline, home: &Path, device: Device) -> Factory<dyn Brain> {
-    let source = Source { pipeline: pipeline.clone(), weights: pipeline.brain_weights(home), device };
+pub fn factory(pipeline: &Pipeline, home: &Path, devices: Vec<Device>) -> Factory<dyn Brain> {
+    let source = Source { pipeline: pipeline.clone(), weights: pipeline.brain_weights(home), devices };
     Box::new(move || {
         let family = &source.pipeline.brain().family;
         match FAMILIES.iter().find(|(name, _)| name == family) {

@@ -24,6 +24,8 @@ pub struct Cost {
     pub per_token: Duration,
     /// Fraction by which that is longer or shorter, as the first prompt has it.
     pub jitter: f64,
+    /// Bytes that its signals have on top of a few, in a stream that simulated hands do not read.
+    pub signal_bytes: usize,
 }
 
 /// Tokens of a batch.
@@ -71,21 +73,32 @@ impl Brain for Sim {
         let first = batch.first().map(|request| blake3::hash(request.prompt.as_bytes()));
         let seed = first.map_or(0, |hash| u64::from_le_bytes(std::array::from_fn(|index| hash.as_bytes()[index])));
         self.clock.work(jittered(time, self.cost.jitter, chance(&[seed])));
-        batch.iter().map(|request| self.tokens(request).and_then(|_| embed(request))).collect()
+        batch.iter().map(|request| self.tokens(request).and_then(|_| embed(request, self.cost.signal_bytes))).collect()
     }
 }
 
-fn embed(request: &EmbedRequest) -> Result<ControlSignal, EngineError> {
+/// Channels of the stream that nobody reads.
+const BALLAST: usize = 256;
+
+fn embed(request: &EmbedRequest, bytes: usize) -> Result<ControlSignal, EngineError> {
     let hash = blake3::hash(request.prompt.as_bytes());
     let values: Vec<f32> = hash.as_bytes()[..16].iter().map(|byte| f32::from(*byte) / 255.0).collect();
     let states = Tensor::from_vec(values, (sim::TOKENS as usize, sim::WIDTH as usize), &Device::Cpu)?;
+    let mut streams = vec![signal::stream(StreamRole::Query, Branch::Conditional, &states)?];
+    if bytes > 0 {
+        // Different for each prompt, as those of a brain are.
+        let values = (0..).map(|index: u32| f32::from(hash.as_bytes()[index as usize % 32]) + index as f32);
+        let tokens = bytes.div_ceil(4 * BALLAST);
+        let ballast = Tensor::from_iter(values.take(tokens * BALLAST), &Device::Cpu)?.reshape((tokens, BALLAST))?;
+        streams.push(signal::stream(StreamRole::Text, Branch::Conditional, &ballast)?);
+    }
     Ok(ControlSignal {
         header: Some(ControlHeader {
             schema_version: signal::SCHEMA_VERSION,
             space: Some(sim::space()),
             ..Default::default()
         }),
-        streams: vec![signal::stream(StreamRole::Query, Branch::Conditional, &states)?],
+        streams,
         unconditional: UnconditionalPolicy::Zeros.into(),
         guidance_formula: GuidanceFormula::Unconditional.into(),
         ..Default::default()

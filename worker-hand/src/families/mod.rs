@@ -16,7 +16,22 @@ use efferent_worker::{
     thread::Factory,
 };
 
-type Load = fn(&Pipeline, &Device) -> Result<Box<dyn Hand>, EngineError>;
+/// What a hand computes on.
+#[derive(Debug, Clone)]
+pub struct Devices {
+    /// Everything, or all but what the second does.
+    pub first: Device,
+    /// The branch without the prompt, at the same time as the first that with it.
+    pub second: Option<Device>,
+}
+
+impl From<Device> for Devices {
+    fn from(first: Device) -> Self {
+        Self { first, second: None }
+    }
+}
+
+type Load = fn(&Pipeline, &Devices) -> Result<Box<dyn Hand>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
 pub const FAMILIES: [(&str, Load); 6] = [
@@ -29,12 +44,12 @@ pub const FAMILIES: [(&str, Load); 6] = [
 ];
 
 /// Builds the hand of a pipeline.
-pub fn factory(pipeline: &Pipeline, device: Device) -> Factory<dyn Hand> {
-    let pipeline = pipeline.clone();
+pub fn factory(pipeline: &Pipeline, devices: impl Into<Devices>) -> Factory<dyn Hand> {
+    let (pipeline, devices) = (pipeline.clone(), devices.into());
     Box::new(move || {
         let family = &pipeline.hand().family;
         match FAMILIES.iter().find(|(name, _)| name == family) {
-            Some((_, load)) => load(&pipeline, &device),
+            Some((_, load)) => load(&pipeline, &devices),
             None => {
                 let known = FAMILIES.map(|(name, _)| name).join(", ");
                 let message = format!("no hand family is called {family:?}; known are {known}");

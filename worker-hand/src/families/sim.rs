@@ -206,6 +206,7 @@ mod tests {
             seed,
             sampler: "euler".to_owned(),
             guidance_rescale: 0.0,
+            guidance_range: 0.0..1.0,
             picture: None,
         }
     }

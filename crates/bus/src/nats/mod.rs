@@ -19,6 +19,7 @@ mod watch;
 use std::{
     collections::HashMap,
     error::Error as _,
+    net::IpAddr,
     sync::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
@@ -241,6 +242,10 @@ fn whole_seconds(ttl: Duration) -> Duration {
 impl Bus for Nats {
     fn kind(&self) -> &'static str {
         "nats"
+    }
+
+    fn local_address(&self) -> Option<IpAddr> {
+        self.client.server_info().client_ip.parse().ok()
     }
 
     async fn ping(&self) -> Result<()> {

@@ -41,6 +41,8 @@ pub(crate) async fn request(
         steps: args.steps,
         guidance_scale: args.guidance,
         guidance_rescale: args.guidance_rescale,
+        guidance_start: args.guidance_range.map(|(start, _)| start),
+        guidance_stop: args.guidance_range.map(|(_, stop)| stop),
         seed: args.seed,
         image_count: Some(args.count).filter(|_| args.seeds.is_empty()),
         idempotency_key: key,

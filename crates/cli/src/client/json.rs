@@ -70,6 +70,8 @@ pub(crate) fn request(request: &GenerateRequest) -> Value {
         "steps": request.steps,
         "guidance_scale": request.guidance_scale,
         "guidance_rescale": request.guidance_rescale,
+        "guidance_start": request.guidance_start,
+        "guidance_stop": request.guidance_stop,
         "seed": request.seed,
         "image_count": request.image_count,
         "format": format(request.format()),
@@ -221,6 +223,7 @@ pub(crate) fn model(model: &Model) -> Value {
         "image_to_image": model.image_to_image,
         "inpainting": model.inpainting,
         "guidance_rescale": model.guidance_rescale,
+        "guidance_range": model.guidance_range,
         "live_brains": model.live_brains,
         "live_hands": model.live_hands,
     })

@@ -19,8 +19,8 @@ use crate::{
 pub(crate) struct Held {
     /// What they are.
     pub(crate) devices: Devices,
-    /// What engines compute on.
-    pub(crate) device: Device,
+    /// What engines compute on; at least one.
+    pub(crate) opened: Vec<Device>,
     #[expect(dead_code, reason = "held for what its drop does")]
     claim: Claim,
 }
@@ -71,11 +71,11 @@ pub(crate) fn take(local: &Local, role: &str) -> Result<Held, Failure> {
     let names = devices.described().into_iter().map(|device| device.device).collect();
     let holder = Holder { role: role.to_owned(), pid: std::process::id(), devices: names };
     let claim = Claims::in_folder(&local.device_locks).take(&devices.claims(), &holder).map_err(failure)?;
-    let device = open(&devices)?;
-    if devices.list.len() > 1 {
-        tracing::warn!(devices = ?holder.devices, "the model computes on the first device alone; the others are idle");
+    let opened = open(&devices)?;
+    if role != "brain" && opened.len() > 2 {
+        tracing::warn!(devices = ?holder.devices, "a hand computes on two devices at most; the others are idle");
     }
-    Ok(Held { devices, device, claim })
+    Ok(Held { devices, opened, claim })
 }
 
 fn find(local: &Local) -> Result<Devices, Failure> {
@@ -105,17 +105,19 @@ pub(crate) fn check_build(devices: &Devices) -> Result<(), Failure> {
     Err(Failure::words(Exit::Config, format!("device {device:?} needs a build with --features {kind}")))
 }
 
-fn open(devices: &Devices) -> Result<Device, Failure> {
-    let Some(first) = devices.list.first() else { return Ok(Device::Cpu) };
-    let opened = match devices.kind {
-        Kind::Cpu(_) => Ok(Device::Cpu),
-        Kind::Cuda => Device::new_cuda(first.ordinal),
-        Kind::Metal => Device::new_metal(first.ordinal),
+fn open(devices: &Devices) -> Result<Vec<Device>, Failure> {
+    let open = |device: &efferent_worker::devices::select::Device| {
+        let opened = match devices.kind {
+            Kind::Cpu(_) => Ok(Device::Cpu),
+            Kind::Cuda => Device::new_cuda(device.ordinal),
+            Kind::Metal => Device::new_metal(device.ordinal),
+        };
+        opened.map_err(|error| {
+            let what = format!("device {:?} cannot be opened", device.described.device);
+            Failure::new(Exit::Config, anyhow::Error::new(error).context(what))
+        })
     };
-    opened.map_err(|error| {
-        let what = format!("device {:?} cannot be opened", first.described.device);
-        Failure::new(Exit::Config, anyhow::Error::new(error).context(what))
-    })
+    devices.list.iter().map(open).collect()
 }
 
 /// Prints what this host has to compute on, and who does.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use candle_core::Device;
 use efferent_brain::families as brains;
 use efferent_hand::families as hands;
 use efferent_worker::{
@@ -45,7 +46,12 @@ impl Engines {
         if settings.client.model == locate::SIM {
             let sim = &local.sim;
             let jitter = sim.jitter.0;
-            let brain = brains::sim::Cost { per_batch: sim.embed, per_token: sim.token, jitter };
+            let brain = brains::sim::Cost {
+                per_batch: sim.embed,
+                per_token: sim.token,
+                jitter,
+                signal_bytes: sim.signal_bytes,
+            };
             let hand = hands::sim::Cost {
                 per_step: sim.step.clone(),
                 pixel_power: sim.pixel_power,
@@ -102,7 +108,7 @@ impl Engines {
     /// Builds the brain.
     pub(crate) fn brain(&self, home: &Path) -> Factory<dyn Brain> {
         match &self.source {
-            Source::Model(pipeline) => brains::factory(pipeline, home, self.held.device.clone()),
+            Source::Model(pipeline) => brains::factory(pipeline, home, self.held.opened.clone()),
             Source::Sim { brain, .. } => brains::sim::factory(*brain),
         }
     }
@@ -110,7 +116,11 @@ impl Engines {
     /// Builds the hand.
     pub(crate) fn hand(&self) -> Factory<dyn Hand> {
         match &self.source {
-            Source::Model(pipeline) => hands::factory(pipeline, self.held.device.clone()),
+            Source::Model(pipeline) => {
+                let mut opened = self.held.opened.iter().cloned();
+                let first = opened.next().unwrap_or(Device::Cpu);
+                hands::factory(pipeline, hands::Devices { first, second: opened.next() })
+            }
             Source::Sim { hand, .. } => hands::sim::factory(hand.clone()),
         }
     }

@@ -139,6 +139,7 @@ pub(crate) struct Sim {
     pub(crate) embed: Duration,
     #[serde(with = "humantime_serde")]
     pub(crate) token: Duration,
+    pub(crate) signal_bytes: usize,
     pub(crate) step: Curve,
     pub(crate) pixel_power: f64,
     #[serde(with = "humantime_serde")]
@@ -155,6 +156,7 @@ impl Default for Sim {
         Self {
             embed: Duration::ZERO,
             token: Duration::ZERO,
+            signal_bytes: 0,
             step: Curve::default(),
             pixel_power: 0.0,
             image: Duration::ZERO,

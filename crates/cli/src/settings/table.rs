@@ -328,6 +328,27 @@ const LOCAL: &[Setting] = &[
     ),
     setting(
         Group::Brain,
+        "brain.inline_bytes",
+        "inline-bytes",
+        "BYTES",
+        "Control signals of up to this many bytes travel in the tasks of hands, at most 917504; larger ones are fetched",
+    ),
+    setting(
+        Group::Brain,
+        "brain.serve",
+        "serve",
+        "IP:PORT",
+        "Where hands fetch larger control signals: an address, auto for the one that NATS sees and a free port, or off for the object store only",
+    ),
+    setting(
+        Group::Brain,
+        "brain.serve_bytes",
+        "serve-bytes",
+        "BYTES",
+        "Bytes of control signals that a brain keeps for hands to fetch",
+    ),
+    setting(
+        Group::Brain,
         "brain.grace",
         "brain-grace",
         "TIME",
@@ -386,6 +407,13 @@ const LOCAL: &[Setting] = &[
     ),
     setting(Group::Sim, "sim.embed", "sim-embed", "TIME", "Time a simulated brain takes for a batch"),
     setting(Group::Sim, "sim.token", "sim-token", "TIME", "Time a simulated brain takes for a token, on top"),
+    setting(
+        Group::Sim,
+        "sim.signal_bytes",
+        "sim-signal-bytes",
+        "BYTES",
+        "Bytes of a simulated control signal, on top of a few",
+    ),
     setting(
         Group::Sim,
         "sim.step",

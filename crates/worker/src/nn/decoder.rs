@@ -207,6 +207,27 @@ impl Decoder {
         Ok(Self { config, embedding, layers, final_norm })
     }
 
+    /// The same with its layers shared out over devices, in order and as evenly as can be: one computes after the other, so together they hold what none holds
+    /// alone. Embeddings and the last norm are on the first.
+    ///
+    /// # Errors
+    /// If a device does not take its part.
+    pub fn spread(self, devices: &[Device]) -> Result<Self> {
+        let [first, _, ..] = devices else {
+            return Ok(self);
+        };
+        let count = self.layers.len();
+        let layers = self.layers.iter().enumerate();
+        Ok(Self {
+            layers: layers
+                .map(|(index, layer)| layer.to_device(&devices[index * devices.len() / count]))
+                .collect::<Result<Vec<_>>>()?,
+            embedding: self.embedding.to_device(first)?,
+            final_norm: self.final_norm.to_device(first)?,
+            config: self.config,
+        })
+    }
+
     /// How it is configured.
     pub fn config(&self) -> &Config {
         &self.config
@@ -227,7 +248,7 @@ impl Decoder {
         if self.config.scaled_embedding { rows * (self.config.width as f64).sqrt() } else { Ok(rows) }
     }
 
-    /// Hidden states (batch, tokens, width) after each of `layers` (0: the embeddings; n: after n layers), without the final norm.
+    /// Hidden states (batch, tokens, width) on the first device after each of `layers` (0: the embeddings; n: after n layers), without the final norm.
     ///
     /// embeddings: (batch, tokens, width), as [`Decoder::embed`] gives them, or learnt; mask: (batch, tokens), 1 = present. States
     /// at absent positions mean nothing.
@@ -243,17 +264,21 @@ impl Decoder {
         if last > self.layers.len() {
             candle_core::bail!("states after layer {last} of a model with {} layers", self.layers.len());
         }
-        let pass = self.pass(mask)?;
+        let mut pass = self.pass(mask)?;
         let mut states = vec![embeddings.clone()];
         for (index, layer) in self.layers[..last].iter().enumerate() {
-            let next = layer.forward(&self.config, &states[index], &pass, index)?;
+            let device = layer.attention_norm.device();
+            if !device.same_device(pass.cos.device()) {
+                pass = pass.to_device(device)?;
+            }
+            let next = layer.forward(&self.config, &states[index].to_device(device)?, &pass, index)?;
             if !layers.contains(&index) {
                 // Not asked for: let go of its memory.
                 states[index] = Tensor::zeros((), DType::F32, self.device())?;
             }
             states.push(next);
         }
-        Ok(layers.iter().map(|layer| states[*layer].clone()).collect())
+        layers.iter().map(|layer| states[*layer].to_device(self.device())).collect()
     }
 
     /// The final norm over states after the last layer.
@@ -283,7 +308,38 @@ impl Decoder {
     }
 }
 
+impl Pass {
+    fn to_device(&self, device: &Device) -> Result<Self> {
+        Ok(Self {
+            cos: self.cos.to_device(device)?,
+            sin: self.sin.to_device(device)?,
+            bias: self.bias.to_device(device)?,
+            windowed_bias: self.windowed_bias.as_ref().map(|bias| bias.to_device(device)).transpose()?,
+        })
+    }
+}
+
 impl Layer {
+    fn to_device(&self, device: &Device) -> Result<Self> {
+        let (linear, norm) = (|part: &Linear| part.to_device(device), |norm: &Tensor| norm.to_device(device));
+        let perhaps = |norm: &Option<Tensor>| norm.as_ref().map(|norm| norm.to_device(device)).transpose();
+        Ok(Self {
+            attention_norm: norm(&self.attention_norm)?,
+            q: linear(&self.q)?,
+            k: linear(&self.k)?,
+            v: linear(&self.v)?,
+            q_norm: perhaps(&self.q_norm)?,
+            k_norm: perhaps(&self.k_norm)?,
+            output: linear(&self.output)?,
+            attention_output_norm: perhaps(&self.attention_output_norm)?,
+            mlp_norm: norm(&self.mlp_norm)?,
+            gate: linear(&self.gate)?,
+            up: linear(&self.up)?,
+            down: linear(&self.down)?,
+            mlp_output_norm: perhaps(&self.mlp_output_norm)?,
+        })
+    }
+
     /// (batch, tokens, width) -> (batch, tokens, width)
     fn forward(&self, config: &Config, x: &Tensor, pass: &Pass, index: usize) -> Result<Tensor> {
         let normed = |x: &Tensor, norm: &Tensor| ops::rms_norm(x, norm, config.norm_eps);

@@ -1,6 +1,6 @@
 //! Affine maps.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, Device, Result, Tensor};
 
 use super::product::product;
 use crate::weights::Weights;
@@ -60,6 +60,15 @@ impl Linear {
             weight.reshape((outputs, values))?.t()?.contiguous()
         })?;
         Ok(Self { weight, bias: None })
+    }
+
+    /// The same on another device.
+    ///
+    /// # Errors
+    /// If it does not take the weights.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let bias = self.bias.as_ref().map(|bias| bias.to_device(device)).transpose()?;
+        Ok(Self { weight: self.weight.to_device(device)?, bias })
     }
 
     /// (.., in) -> (.., out)

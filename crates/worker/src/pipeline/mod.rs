@@ -153,6 +153,9 @@ pub struct Offers {
     /// Whether `guidance_rescale` may be above 0.
     #[serde(default)]
     pub guidance_rescale: bool,
+    /// Whether `guidance_start` and `guidance_stop` may be set.
+    #[serde(default)]
+    pub guidance_range: bool,
 }
 
 /// Sizes of pictures by rule.
@@ -408,6 +411,7 @@ impl Pipeline {
             image_to_image: offers.image_to_image,
             inpainting: offers.inpainting,
             guidance_rescale: offers.guidance_rescale,
+            guidance_range: offers.guidance_range,
             size_range: offers.size_range.as_ref().map(|range| SizeRange {
                 multiple: range.multiple,
                 min_side: range.min_side,

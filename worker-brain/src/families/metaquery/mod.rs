@@ -104,7 +104,8 @@ struct Loaded {
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
 pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
-    let Source { pipeline, device, .. } = source;
+    let Source { pipeline, devices, .. } = source;
+    let device = source.device();
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
     let refused =
@@ -119,7 +120,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         .map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let encode = |text: &str| tokenizer.encode(text).map_err(|e| unloadable("the template")(e.into()));
     let Loaded { connector, beside, queries, states, width } = load_connector(pipeline, part, &config.queries, device)?;
-    let language = language::load(&pipeline.folder().join(&config.language_model), tokenizer.largest(), device)?;
+    let language = language::load(&pipeline.folder().join(&config.language_model), tokenizer.largest(), devices)?;
     if language.config().width != states {
         let message =
             format!("the connector reads {states} channels, the language model has {}", language.config().width);

@@ -9,6 +9,8 @@ use efferent_worker::{
     weights::{self, Gguf, Weights},
 };
 
+use crate::language::loading;
+
 /// Why there is no language model.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -43,7 +45,7 @@ impl Language {
     ///
     /// # Errors
     /// If the file is malformed, of another architecture, or has fewer layers.
-    pub fn read(file: &Gguf, layer: usize, device: &Device) -> Result<Self, Error> {
+    pub fn read(file: &Gguf, layer: usize, devices: &[Device]) -> Result<Self, Error> {
         let metadata = file.metadata();
         let bad = |key: &str, what: String| Error::Malformed { key: key.to_owned(), what };
         let field = |key: &str| metadata.get(key).ok_or_else(|| bad(key, "is missing".to_owned()));
@@ -91,9 +93,10 @@ impl Language {
             soft_cap: None,
             sliding_window: None,
         };
-        let mut weights = Weights::from_gguf(file, device, |name| Naming::Gguf.wants(name, layer))?;
+        let mut weights = Weights::from_gguf(file, loading(devices), |name| Naming::Gguf.wants(name, layer))?;
         let decoder = Decoder::new(config, Naming::Gguf, &mut weights)?;
         weights.finish()?;
+        let decoder = decoder.spread(devices)?;
         Ok(Self { decoder, layer })
     }
 

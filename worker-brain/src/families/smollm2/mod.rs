@@ -57,7 +57,8 @@ struct SmolLm2 {
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
 pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
-    let Source { pipeline, weights, device } = source;
+    let Source { pipeline, weights, devices } = source;
+    let device = source.device();
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
     let Some(part) = pipeline.connector().filter(|part| part.family == "queries") else {
@@ -73,7 +74,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     let file = Gguf::open(weights).map_err(|e| unloadable("the language model")(e.into()))?;
     let tokens = Tokens::read(&file).map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let language =
-        Language::read(&file, config.layer, device).map_err(|e| unloadable("the language model")(e.into()))?;
+        Language::read(&file, config.layer, devices).map_err(|e| unloadable("the language model")(e.into()))?;
     drop(file);
     if connector.states != language.width() {
         let message =

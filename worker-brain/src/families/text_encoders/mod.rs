@@ -95,7 +95,7 @@ struct Meaning {
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
 pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
-    let Source { pipeline, device, .. } = source;
+    let Source { pipeline, devices, .. } = source;
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
     let impossible = |what: &str| EngineError::from(ApiError::new(ErrorCode::InvalidField, what).field("brain.config"));
@@ -106,8 +106,13 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     if config.text.is_empty() || config.text.iter().any(Vec::is_empty) || asked.max() >= Some(config.encoders.len()) {
         return Err(impossible("brain.config reads encoders that are not there, or none"));
     }
-    let load = |part: &encoder::Config| Encoder::load(pipeline.folder(), part, device);
-    let encoders = config.encoders.iter().map(load).collect::<Result<Vec<_>, _>>()?;
+    // Of several devices and encoders each has its own; a language model that is alone is shared out.
+    let each: Vec<&[Device]> = match (devices.len(), config.encoders.len()) {
+        (0..=1, _) | (_, 1) => vec![devices],
+        _ => devices.chunks(1).collect(),
+    };
+    let load = |(part, devices)| Encoder::load(pipeline.folder(), part, devices);
+    let encoders = config.encoders.iter().zip(each.into_iter().cycle()).map(load).collect::<Result<Vec<_>, _>>()?;
     let width = |group: &Vec<Read>| group.iter().map(|read| encoders[read.encoder].width()).sum::<usize>();
     let absent = config.zeros.map(|(_, width)| width);
     let width = config.text.iter().map(width).chain(absent).max().unwrap_or(0);
@@ -144,7 +149,10 @@ impl TextEncoders {
             .map(|(encoder, ids)| encoder.states(ids, text.1))
             .collect::<Result<_, _>>()?;
         let group = |group: &Vec<Read>| {
-            let parts = group.iter().map(|part| read[part.encoder].layer(part.layer)).collect::<Result<Vec<_>, _>>()?;
+            let parts = group
+                .iter()
+                .map(|part| read[part.encoder].layer(part.layer)?.to_device(&Device::Cpu))
+                .collect::<candle_core::Result<Vec<_>>>()?;
             Tensor::cat(&parts, 1)
         };
         let mut groups = self.config.text.iter().map(group).collect::<candle_core::Result<Vec<_>>>()?;
@@ -155,7 +163,7 @@ impl TextEncoders {
         for encoder in &self.config.pooled {
             pooled.extend(read[*encoder].pooled()?);
         }
-        Ok(Meaning { text: joined(&groups)?.to_device(&Device::Cpu)?, pooled })
+        Ok(Meaning { text: joined(&groups)?, pooled })
     }
 
     fn signal(&self, positive: &Meaning, negative: Option<&Meaning>) -> Result<ControlSignal, EngineError> {

@@ -3,6 +3,8 @@
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/flux`.
 
+use std::ops::Range;
+
 use candle_core::{Device, Result, Tensor};
 use efferent_proto::{ApiError, v1::ErrorCode};
 use efferent_worker::{
@@ -12,7 +14,8 @@ use efferent_worker::{
 };
 
 use crate::{
-    latent::{self, Network, Question, Shape},
+    families::Devices,
+    latent::{self, Branches, Network, Question, Shape},
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
@@ -44,8 +47,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, device: &Device) -> std::result::Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, device, |parts| {
+pub fn load(pipeline: &Pipeline, devices: &Devices) -> std::result::Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, devices, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
@@ -96,12 +99,21 @@ impl Network for Flux {
         condition.states.dims()[1].to_string()
     }
 
-    fn predict(
+    fn branches(_: &Condition) -> usize {
+        1
+    }
+
+    fn guide(_: &Condition, answers: Branches) -> Vec<f32> {
+        answers.into_iter().next().unwrap_or_default()
+    }
+
+    fn evaluate(
         &self,
         questions: &[Question<'_, Condition>],
+        _: Range<usize>,
         [channels, height, width]: Shape,
         device: &Device,
-    ) -> std::result::Result<Vec<Vec<f32>>, EngineError> {
+    ) -> std::result::Result<Vec<Branches>, EngineError> {
         let (rows, columns) = (height / PATCH, width / PATCH);
         let patches = |q: &Question<'_, Condition>| {
             let cells = Tensor::from_slice(q.latent, (channels, rows, PATCH, columns, PATCH), device)?;
@@ -125,6 +137,6 @@ impl Network for Flux {
             .reshape((count, rows, columns, channels, PATCH, PATCH))?
             .permute(&[0, 3, 1, 4, 2, 5][..])?
             .contiguous()?;
-        Ok(cells.flatten_from(1)?.to_vec2()?)
+        Ok(cells.flatten_from(1)?.to_vec2()?.into_iter().map(|answer| vec![answer]).collect())
     }
 }

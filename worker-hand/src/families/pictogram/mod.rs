@@ -8,6 +8,8 @@ mod network;
 mod tests;
 mod trajectory;
 
+use std::ops::Range;
+
 use bytes::Bytes;
 use candle_core::{Device, Tensor};
 use efferent_proto::{
@@ -30,7 +32,7 @@ use self::{
     network::Network,
     trajectory::{Sampler, Trajectory, schedule},
 };
-use crate::noise::randn;
+use crate::{families::Devices, noise::randn};
 
 /// Channels of the latent.
 const CHANNELS: usize = 16;
@@ -68,12 +70,16 @@ struct Pictogram {
     network: Network,
     decoder: Decoder,
     device: Device,
+    /// The network once more, on another device, for the branch without the prompt.
+    second: Option<(Network, Device)>,
 }
 
 struct State {
     trajectory: Trajectory,
     times: Vec<f32>,
     guidance_scale: f32,
+    /// Steps that are guided.
+    guided: Range<u32>,
     /// (queries, width)
     control: Tensor,
 }
@@ -82,7 +88,7 @@ struct State {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
-pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, EngineError> {
+pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
     let unloadable =
         |source: Box<dyn std::error::Error + Send + Sync>| EngineError::compute("cannot load the hand", source);
     let config: Config = pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable(e.into()))?;
@@ -108,40 +114,70 @@ pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, Engin
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("offers").into());
     }
     let path = pipeline.weights(pipeline.hand()).map_err(|e| unloadable(e.into()))?;
-    let mut weights = Weights::open_safetensors(&path, device).map_err(|e| unloadable(e.into()))?;
-    let network = Network::new(&config, &mut weights)?;
-    let decoder = Decoder::new(&mut weights)?;
-    weights.finish().map_err(|e| unloadable(e.into()))?;
+    let parts = |device: &Device| {
+        let mut weights = Weights::open_safetensors(&path, device).map_err(|e| unloadable(e.into()))?;
+        let (network, decoder) = (Network::new(&config, &mut weights)?, Decoder::new(&mut weights)?);
+        weights.finish().map_err(|e| unloadable(e.into()))?;
+        Ok::<_, EngineError>((network, decoder))
+    };
+    let device = devices.first.clone();
+    let (network, decoder) = parts(&device)?;
+    let second = match &devices.second {
+        Some(device) => Some((parts(device)?.0, device.clone())),
+        None => None,
+    };
     let spec = EngineSpec { model, max_batch: MAX_BATCH, simulated: false };
-    Ok(Box::new(Pictogram { spec, space, config, network, decoder, device: device.clone() }))
+    Ok(Box::new(Pictogram { spec, space, config, network, decoder, device, second }))
 }
 
 impl Pictogram {
-    /// Predictions of the clean latents at (`latents`, `times`), guided.
-    fn predict(&self, states: &[&State], latents: &[&[f32]], times: &[f32]) -> candle_core::Result<Vec<Vec<f32>>> {
-        let count = states.len();
-        let z = Tensor::from_vec(latents.concat(), (count, PATCHES, PATCH_WIDTH), &self.device)?;
-        let control = Tensor::stack(&states.iter().map(|state| &state.control).collect::<Vec<_>>(), 0)?;
-        let t = Tensor::from_vec(times.to_vec(), count, &self.device)?;
-        let rows = |x: Tensor| x.flatten_from(1)?.to_vec2::<f32>();
-        // All samples of a batch are guided, or none is: their keys say so.
-        if !states.iter().any(|state| is_guided(state.guidance_scale)) {
-            return rows(self.forward(&z, &t, &control)?);
-        }
-        let null = self.network.null().unsqueeze(0)?.expand(control.shape())?;
-        let twice = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 0);
-        let both = self.forward(&twice(&z, &z)?, &twice(&t, &t)?, &twice(&control, &null)?)?;
-        let conditional = rows(both.narrow(0, 0, count)?)?;
-        let unconditional = rows(both.narrow(0, count, count)?)?;
-        let guided = |((state, mut c), u): ((&&State, Vec<f32>), Vec<f32>)| {
-            c.iter_mut().zip(u).for_each(|(c, u)| *c = u + state.guidance_scale * (*c - u));
-            c
+    /// Predictions of the clean latents at (`latents`, `times`), guided where `guided` says so.
+    fn predict(
+        &self,
+        states: &[&State],
+        latents: &[&[f32]],
+        times: &[f32],
+        guided: &[bool],
+    ) -> candle_core::Result<Vec<Vec<f32>>> {
+        let tensors = |network: &Network, device: &Device, prompted: bool, places: &[usize]| {
+            let (count, null) = (places.len(), network.null());
+            let latents: Vec<f32> = places.iter().flat_map(|place| latents[*place]).copied().collect();
+            let z = Tensor::from_vec(latents, (count, PATCHES, PATCH_WIDTH), device)?;
+            let t = Tensor::from_vec(places.iter().map(|place| times[*place]).collect::<Vec<_>>(), count, device)?;
+            let control = |place: &usize| if prompted { &states[*place].control } else { null };
+            Ok::<_, candle_core::Error>([z, t, Tensor::stack(&places.iter().map(control).collect::<Vec<_>>(), 0)?])
         };
-        Ok(states.iter().zip(conditional).zip(unconditional).map(guided).collect())
-    }
-
-    fn forward(&self, z: &Tensor, times: &Tensor, control: &Tensor) -> candle_core::Result<Tensor> {
-        by_row(&[z, times, control], |row| self.network.forward(&row[0], &row[1], &row[2]))
+        let forward = |network: &Network, [z, t, control]: [Tensor; 3]| {
+            let answer = by_row(&[&z, &t, &control], |row| network.forward(&row[0], &row[1], &row[2]))?;
+            answer.flatten_from(1)?.to_vec2::<f32>()
+        };
+        let all: Vec<usize> = (0..states.len()).collect();
+        let twice: Vec<usize> = all.iter().copied().filter(|place| guided[*place]).collect();
+        let (mut with, without) = match &self.second {
+            Some((network, device)) if !twice.is_empty() => std::thread::scope(|scope| {
+                let without = scope.spawn(|| forward(network, tensors(network, device, false, &twice)?));
+                let with = forward(&self.network, tensors(&self.network, &self.device, true, &all)?)?;
+                let crashed = |_| candle_core::bail!("the branch without the prompt crashed");
+                Ok::<_, candle_core::Error>((with, without.join().unwrap_or_else(crashed)?))
+            })?,
+            _ => {
+                let (mut inputs, count) = (tensors(&self.network, &self.device, true, &all)?, all.len());
+                if !twice.is_empty() {
+                    let more = tensors(&self.network, &self.device, false, &twice)?;
+                    for (input, more) in inputs.iter_mut().zip(more) {
+                        *input = Tensor::cat(&[&*input, &more], 0)?;
+                    }
+                }
+                let mut with = forward(&self.network, inputs)?;
+                let without = with.split_off(count);
+                (with, without)
+            }
+        };
+        for (place, u) in twice.into_iter().zip(without) {
+            let scale = states[place].guidance_scale;
+            with[place].iter_mut().zip(u).for_each(|(c, u)| *c = u + scale * (*c - u));
+        }
+        Ok(with)
     }
 
     fn advance(&self, batch: &mut [(&mut State, usize)]) -> candle_core::Result<()> {
@@ -149,7 +185,8 @@ impl Pictogram {
             let states: Vec<&State> = batch.iter().map(|(state, _)| &**state).collect();
             let latents: Vec<&[f32]> = states.iter().map(|state| &*state.trajectory.latent).collect();
             let times: Vec<f32> = batch.iter().map(|(state, step)| state.times[*step]).collect();
-            self.predict(&states, &latents, &times)?
+            let guided: Vec<bool> = batch.iter().map(|(state, step)| state.is_guided_at(*step)).collect();
+            self.predict(&states, &latents, &times, &guided)?
         };
         let mut corrections = Vec::new();
         for (index, ((state, step), clean)) in batch.iter_mut().zip(predictions).enumerate() {
@@ -165,7 +202,8 @@ impl Pictogram {
             let states: Vec<&State> = corrections.iter().map(|(index, _)| &*batch[*index].0).collect();
             let latents: Vec<&[f32]> = corrections.iter().map(|(_, correction)| &*correction.latent).collect();
             let times: Vec<f32> = corrections.iter().map(|(i, _)| batch[*i].0.times[batch[*i].1 + 1]).collect();
-            self.predict(&states, &latents, &times)?
+            let guided: Vec<bool> = corrections.iter().map(|(i, _)| batch[*i].0.is_guided_at(batch[*i].1)).collect();
+            self.predict(&states, &latents, &times, &guided)?
         };
         for ((index, correction), clean) in corrections.iter().zip(predictions) {
             let (state, step) = &mut batch[*index];
@@ -185,6 +223,12 @@ impl Pictogram {
         let bytes = values.iter().map(|v| ((v.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8).collect();
         RgbImage::from_raw(SIDE, SIDE, bytes)
             .ok_or_else(|| EngineError::Crashed("a picture of another size".to_owned()))
+    }
+}
+
+impl State {
+    fn is_guided_at(&self, step: usize) -> bool {
+        is_guided(self.guidance_scale) && self.guided.contains(&(step as u32))
     }
 }
 
@@ -247,6 +291,7 @@ impl Hand for Pictogram {
             trajectory: Trajectory::new(sampler, randn(request.seed, LATENT)),
             times: schedule(request.steps as usize, shift),
             guidance_scale: request.guidance_scale,
+            guided: request.guided_steps(request.steps),
             control,
         };
         Ok(Sample {

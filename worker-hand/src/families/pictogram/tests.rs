@@ -60,7 +60,7 @@ fn hand() -> (Pictogram, tempfile::TempDir) {
     let model = efferent_proto::v1::Model { max_steps: 100, ..Default::default() };
     let spec = EngineSpec { model, max_batch: MAX_BATCH, simulated: false };
     let space = ControlSpace { family: "pictogram".to_owned(), width: 16, ..Default::default() };
-    (Pictogram { spec, space, config: config(), network, decoder, device: Device::Cpu }, folder)
+    (Pictogram { spec, space, config: config(), network, decoder, device: Device::Cpu, second: None }, folder)
 }
 
 fn request(control: &Tensor, hand: &Pictogram) -> RenderRequest {
@@ -74,6 +74,7 @@ fn request(control: &Tensor, hand: &Pictogram) -> RenderRequest {
         seed: 7,
         sampler: "euler".to_owned(),
         guidance_rescale: 0.0,
+        guidance_range: 0.0..1.0,
         picture: None,
     }
 }
@@ -159,7 +160,8 @@ fn a_picture_depends_on_its_request_alone() {
                 .map(|i| {
                     let control = golden["golden.control"].get(i % 3).unwrap();
                     let (seed, steps, sampler) = (40 + i as u64, 4 + i as u32, sampler.to_owned());
-                    RenderRequest { seed, steps, sampler, guidance_scale, ..request(&control, &hand) }
+                    let guidance_range = if i % 2 == 0 { 0.0..1.0 } else { 0.3..0.8 };
+                    RenderRequest { seed, steps, sampler, guidance_scale, guidance_range, ..request(&control, &hand) }
                 })
                 .collect();
             let begun = |hand: &mut Pictogram| -> Vec<Sample> {
@@ -173,6 +175,15 @@ fn a_picture_depends_on_its_request_alone() {
                     (bits(&sample), hand.finish(sample).unwrap())
                 })
                 .collect();
+            // With the branch without the prompt on another device; here that is the same processor.
+            hand.second = Some((self::hand().0.network, Device::Cpu));
+            for (sample, (latent, _)) in begun(&mut hand).into_iter().zip(&alone) {
+                assert!(
+                    bits(&finish(&mut hand, sample)) == *latent,
+                    "{sampler} {guidance_scale}: a second device changes the latent"
+                );
+            }
+            hand.second = None;
             // Of every size up to all, one after the other joining; who has come furthest is set aside every third step.
             let mut samples = begun(&mut hand);
             for round in 0.. {

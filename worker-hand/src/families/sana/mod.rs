@@ -3,6 +3,8 @@
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/sana`.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use efferent_proto::internal::Branch;
 use efferent_worker::{
@@ -12,7 +14,8 @@ use efferent_worker::{
 };
 
 use crate::{
-    latent::{self, FilledText, Network, Question, Shape},
+    families::Devices,
+    latent::{self, Branches, FilledText, Network, Question, Shape},
     networks::{LatentSpace, dc_autoencoder::DcAutoencoder, sana::Sana as Transformer},
 };
 
@@ -37,8 +40,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, device, |parts| {
+pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, devices, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| DcAutoencoder::new(vae, weights))?;
@@ -80,22 +83,30 @@ impl Network for Sana {
         tokens.join("/")
     }
 
-    fn predict(
+    fn branches(condition: &Condition) -> usize {
+        condition.texts.len()
+    }
+
+    fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
+        latent::guide(latent::guided(condition.guidance), answers)
+    }
+
+    fn evaluate(
         &self,
         questions: &[Question<'_, Condition>],
+        branches: Range<usize>,
         shape: Shape,
         device: &Device,
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
+    ) -> Result<Vec<Branches>, EngineError> {
         let x = latent::stacked(questions, shape, device)?;
         let numbers = |of: fn(&Question<'_, Condition>) -> f32| {
             Tensor::from_vec(questions.iter().map(of).collect::<Vec<_>>(), questions.len(), device)
         };
         let (times, guidance) = (numbers(|q| q.time)?, numbers(|q| q.condition.guidance)?);
         let told = self.transformer.config().guidance_embeds;
-        let branches = questions.iter().map(|q| q.condition.texts.len()).min().unwrap_or(0);
-        let mut answers = Vec::new();
+        let mut answers = vec![Branches::new(); questions.len()];
         // The two texts of a sample need not be of one length, so they are not computed together.
-        for branch in 0..branches {
+        for branch in branches {
             let texts: Vec<&FilledText> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
             let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
             let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
@@ -103,12 +114,11 @@ impl Network for Sana {
                 let bias = hide_absent(&row[4])?;
                 self.transformer.forward(&row[0], &row[1], &row[3], Some(&bias), told.then_some(&row[2]))
             })?;
-            answers.push(answer.flatten_from(1)?.to_vec2::<f32>()?);
+            answers
+                .iter_mut()
+                .zip(answer.flatten_from(1)?.to_vec2()?)
+                .for_each(|(answers, answer)| answers.push(answer));
         }
-        let guided = |(index, question): (usize, &Question<'_, Condition>)| {
-            let branches: Vec<Vec<f32>> = answers.iter().map(|answer| answer[index].clone()).collect();
-            latent::guide(latent::guided(question.condition.guidance).filter(|_| branches.len() > 1), &branches)
-        };
-        Ok(questions.iter().enumerate().map(guided).collect())
+        Ok(answers)
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion{,_xl}`.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
@@ -10,7 +12,8 @@ use efferent_worker::{
 };
 
 use crate::{
-    latent::{self, Network, Question, Shape, guide, guided, rescaled},
+    families::Devices,
+    latent::{self, Branches, Network, Question, Shape, guide, guided, rescaled},
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
@@ -42,8 +45,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, device, |parts| {
+pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, devices, |parts| {
         // Configurations first: they are told to be wrong at once, weights take a while to read.
         let (unet, vae) = (parts.config("unet")?, parts.config("vae")?);
         let unet = parts.load("unet", |weights| Unet::new(unet, weights))?;
@@ -104,14 +107,30 @@ impl Network for StableDiffusion {
         format!("{}/{}", dims[0], dims[1])
     }
 
-    fn predict(
+    fn branches(condition: &Condition) -> usize {
+        condition.context.dims()[0]
+    }
+
+    fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
+        let (Some(guidance), [conditional, _]) = (condition.guidance, &*answers) else {
+            return answers.into_iter().next().unwrap_or_default();
+        };
+        let conditional = conditional.clone();
+        rescaled(condition.rescale, &conditional, guide(Some(guidance), answers))
+    }
+
+    fn evaluate(
         &self,
         questions: &[Question<'_, Condition>],
+        branches: Range<usize>,
         [channels, height, width]: Shape,
         device: &Device,
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
-        let branches = questions.iter().map(|q| q.condition.context.dim(0)).collect::<candle_core::Result<Vec<_>>>()?;
-        let per = branches.first().copied().unwrap_or(1);
+    ) -> Result<Vec<Branches>, EngineError> {
+        let per = branches.len();
+        let part = |tensor: &Tensor| tensor.narrow(0, branches.start, per);
+        let parts = |tensors: Vec<&Tensor>| {
+            Tensor::cat(&tensors.into_iter().map(part).collect::<candle_core::Result<Vec<_>>>()?, 0)
+        };
         let rows = |q: &Question<'_, Condition>| {
             let x = Tensor::from_slice(q.latent, (1, channels, height, width), device)?
                 .permute((0, 2, 3, 1))?
@@ -121,16 +140,15 @@ impl Network for StableDiffusion {
         let x = Tensor::cat(&questions.iter().map(rows).collect::<candle_core::Result<Vec<_>>>()?, 0)?;
         let times: Vec<f32> = questions.iter().flat_map(|q| std::iter::repeat_n(q.time, per)).collect();
         let times = Tensor::from_vec(times, per * questions.len(), device)?;
-        let contexts: Vec<&Tensor> = questions.iter().map(|q| &q.condition.context).collect();
-        let context = Tensor::cat(&contexts, 0)?;
+        let context = parts(questions.iter().map(|q| &q.condition.context).collect())?;
         let added: Option<Vec<_>> = questions.iter().map(|q| q.condition.added.as_ref()).collect();
         let answer = match added.filter(|added| !added.is_empty()) {
             None => {
                 by_large_row(&[&x, &times, &context], |row| self.unet.forward(&row[0], &row[1], &row[2], None, None))?
             }
             Some(added) => {
-                let pooled = Tensor::cat(&added.iter().map(|(pooled, _)| pooled).collect::<Vec<_>>(), 0)?;
-                let sizes = Tensor::cat(&added.iter().map(|(_, sizes)| sizes).collect::<Vec<_>>(), 0)?;
+                let pooled = parts(added.iter().map(|(pooled, _)| pooled).collect())?;
+                let sizes = parts(added.iter().map(|(_, sizes)| sizes).collect())?;
                 by_large_row(&[&x, &times, &context, &pooled, &sizes], |row| {
                     let added = Added { pooled: row[3].clone(), sizes: row[4].clone() };
                     self.unet.forward(&row[0], &row[1], &row[2], None, Some(&added))
@@ -138,11 +156,6 @@ impl Network for StableDiffusion {
             }
         };
         let answers = answer.permute((0, 3, 1, 2))?.contiguous()?.flatten_from(1)?.to_vec2::<f32>()?;
-        let guided = questions.iter().zip(answers.chunks(per)).map(|(question, rows)| {
-            let Condition { guidance, rescale, .. } = question.condition;
-            let answer = guide(*guidance, rows);
-            if guidance.is_some() { rescaled(*rescale, &rows[0], answer) } else { answer }
-        });
-        Ok(guided.collect())
+        Ok(answers.chunks(per.max(1)).map(<[_]>::to_vec).collect())
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/stable_diffusion_3`.
 
+use std::ops::Range;
+
 use candle_core::{Device, Result, Tensor};
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
@@ -11,7 +13,8 @@ use efferent_worker::{
 };
 
 use crate::{
-    latent::{self, Network, Question, Shape, guide, guided},
+    families::Devices,
+    latent::{self, Branches, Network, Question, Shape, guide, guided},
     networks::{LatentSpace, autoencoder::Autoencoder, sd3::Sd3},
     samplers::{self, Flow},
 };
@@ -36,8 +39,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, device: &Device) -> std::result::Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, device, |parts| {
+pub fn load(pipeline: &Pipeline, devices: &Devices) -> std::result::Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, devices, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Sd3::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
@@ -85,14 +88,26 @@ impl Network for StableDiffusion3 {
         format!("{}/{}", dims[0], dims[1])
     }
 
-    fn predict(
+    fn branches(condition: &Condition) -> usize {
+        condition.states.dims()[0]
+    }
+
+    fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
+        guide(condition.guidance, answers)
+    }
+
+    fn evaluate(
         &self,
         questions: &[Question<'_, Condition>],
+        branches: Range<usize>,
         [channels, height, width]: Shape,
         device: &Device,
-    ) -> std::result::Result<Vec<Vec<f32>>, EngineError> {
-        let branches = questions.iter().map(|q| q.condition.states.dim(0)).collect::<Result<Vec<_>>>()?;
-        let per = branches.first().copied().unwrap_or(1);
+    ) -> std::result::Result<Vec<Branches>, EngineError> {
+        let per = branches.len();
+        let parts = |of: fn(&Condition) -> &Tensor| {
+            let part = |q: &Question<'_, Condition>| of(q.condition).narrow(0, branches.start, per);
+            Tensor::cat(&questions.iter().map(part).collect::<Result<Vec<_>>>()?, 0)
+        };
         let rows = |q: &Question<'_, Condition>| {
             let x = Tensor::from_slice(q.latent, (1, channels, height, width), device)?;
             Tensor::cat(&vec![x; per], 0)
@@ -100,12 +115,11 @@ impl Network for StableDiffusion3 {
         let x = Tensor::cat(&questions.iter().map(rows).collect::<Result<Vec<_>>>()?, 0)?;
         let times: Vec<f32> = questions.iter().flat_map(|q| std::iter::repeat_n(q.time, per)).collect();
         let times = Tensor::from_vec(times, per * questions.len(), device)?;
-        let states = Tensor::cat(&questions.iter().map(|q| &q.condition.states).collect::<Vec<_>>(), 0)?;
-        let pooled = Tensor::cat(&questions.iter().map(|q| &q.condition.pooled).collect::<Vec<_>>(), 0)?;
+        let (states, pooled) = (parts(|condition| &condition.states)?, parts(|condition| &condition.pooled)?);
         let answer = by_large_row(&[&x, &times, &states, &pooled], |row| {
             self.transformer.forward(&row[0], &row[1], &row[2], &row[3], None)
         })?;
         let answers = answer.flatten_from(1)?.to_vec2::<f32>()?;
-        Ok(questions.iter().zip(answers.chunks(per)).map(|(q, rows)| guide(q.condition.guidance, rows)).collect())
+        Ok(answers.chunks(per.max(1)).map(<[_]>::to_vec).collect())
     }
 }

@@ -2,6 +2,8 @@
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/z_image`.
 
+use std::ops::Range;
+
 use candle_core::{Device, Tensor};
 use efferent_proto::internal::Branch;
 use efferent_worker::{
@@ -11,7 +13,8 @@ use efferent_worker::{
 };
 
 use crate::{
-    latent::{self, FilledText, Network, Question, Shape},
+    families::Devices,
+    latent::{self, Branches, FilledText, Network, Question, Shape},
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
@@ -38,8 +41,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, device: &Device) -> Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, device, |parts| {
+pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, devices, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
@@ -86,37 +89,47 @@ impl Network for ZImage {
         tokens.join("/")
     }
 
-    fn predict(
+    fn branches(condition: &Condition) -> usize {
+        condition.texts.len()
+    }
+
+    // The network answers with what leads to the picture, samplers want what leads to the noise.
+    fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
+        match &*answers {
+            [conditional, unconditional] => {
+                let both = conditional.iter().zip(unconditional);
+                both.map(|(c, u)| -(c + condition.guidance * (c - u))).collect()
+            }
+            [conditional, ..] => conditional.iter().map(|c| -c).collect(),
+            [] => Vec::new(),
+        }
+    }
+
+    fn evaluate(
         &self,
         questions: &[Question<'_, Condition>],
+        branches: Range<usize>,
         shape: Shape,
         device: &Device,
-    ) -> Result<Vec<Vec<f32>>, EngineError> {
+    ) -> Result<Vec<Branches>, EngineError> {
         let x = latent::stacked(questions, shape, device)?;
         // What samplers call 1000, all noise, is 0 to the network.
         let times: Vec<f32> = questions.iter().map(|q| (1000.0 - q.time) / 1000.0).collect();
         let times = Tensor::from_vec(times, questions.len(), device)?;
-        let branches = questions.iter().map(|q| q.condition.texts.len()).min().unwrap_or(0);
-        let mut answers = Vec::new();
+        let mut answers = vec![Branches::new(); questions.len()];
         // The two texts of a sample need not be of one length, so they are not computed together.
-        for branch in 0..branches {
+        for branch in branches {
             let texts: Vec<&FilledText> = questions.iter().map(|q| &q.condition.texts[branch]).collect();
             let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
             let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
             let answer = by_large_row(&[&x, &times, &states, &present], |row| {
                 self.transformer.forward(&row[0], &row[1], &row[2], &row[3])
             })?;
-            answers.push(answer.flatten_from(1)?.to_vec2::<f32>()?);
+            answers
+                .iter_mut()
+                .zip(answer.flatten_from(1)?.to_vec2()?)
+                .for_each(|(answers, answer)| answers.push(answer));
         }
-        // The network answers with what leads to the picture, samplers want what leads to the noise.
-        let velocity = |(index, question): (usize, &Question<'_, Condition>)| match &*answers {
-            [conditional, unconditional] => {
-                let both = conditional[index].iter().zip(&unconditional[index]);
-                both.map(|(c, u)| -(c + question.condition.guidance * (c - u))).collect()
-            }
-            [conditional, ..] => conditional[index].iter().map(|c| -c).collect(),
-            [] => Vec::new(),
-        };
-        Ok(questions.iter().enumerate().map(velocity).collect())
+        Ok(answers)
     }
 }

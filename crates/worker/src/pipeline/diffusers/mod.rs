@@ -119,6 +119,8 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         image_to_image: described.image_to_image,
         inpainting: described.inpainting,
         guidance_rescale: described.guidance_rescale,
+        // Where the strength of guidance is a number that the network is told, there is nothing to leave out.
+        guidance_range: described.negative_prompt,
     };
     let model = model_name(path);
     let manifest = Manifest {

@@ -1,14 +1,19 @@
 //! The engine of families that denoise the latent of an autoencoder, as the pipelines of diffusers do. A family adds its [`Network`].
 //!
+//! Read in this order: this file (the engine), [`texts`] (what a control signal says), [`guidance`].
+//!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/`.
 
-use std::{path::Path, sync::Arc};
+mod guidance;
+mod texts;
+
+use std::{borrow::Cow, collections::BTreeSet, ops::Range, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use candle_core::{Device, Tensor};
 use efferent_proto::{
     ApiError,
-    internal::{Branch, ControlSignal, ControlSpace, ControlStream, StreamRole, UnconditionalPolicy},
+    internal::ControlSpace,
     v1::{ErrorCode, Size},
     work::offers_size,
 };
@@ -16,13 +21,18 @@ use efferent_worker::{
     engine::{BatchKey, EngineError, EngineSpec, Hand, Picture, RenderRequest, Sample},
     nn::rows::on_pool,
     pipeline::{Pipeline, diffusers, read_json},
-    signal::{self, CONDITIONAL, UNCONDITIONAL, space_name},
+    signal::{self, space_name},
     weights::Weights,
 };
 use image::{GrayImage, RgbImage};
 use serde::{Deserialize, de::DeserializeOwned};
 
+pub use self::{
+    guidance::{guide, guided, rescaled},
+    texts::{FilledText, filled_text, pooled, text},
+};
 use crate::{
+    families::Devices,
     networks::LatentSpace,
     noise::Noise,
     samplers::{self, Beginning, Flow, Plan, Sampler, Trajectory},
@@ -37,9 +47,9 @@ const PREVIEW_CELLS: usize = 16;
 pub type Shape = [usize; 3];
 
 /// What a family adds to the engine.
-pub trait Network: Send + std::fmt::Debug + 'static {
+pub trait Network: Send + Sync + std::fmt::Debug + 'static {
     /// What a sample is conditioned on: the signal's tensors, checked, and the strength of guidance.
-    type Condition: Send + std::fmt::Debug + 'static;
+    type Condition: Send + Sync + std::fmt::Debug + 'static;
 
     /// Channels of a token of the control signal.
     fn width(&self) -> usize;
@@ -73,17 +83,27 @@ pub trait Network: Send + std::fmt::Debug + 'static {
     /// Tells apart what cannot share a pass.
     fn kind(condition: &Self::Condition) -> String;
 
-    /// What it answers, guided. All latents are of one shape, and all conditions of one kind.
+    /// How often it is asked for one answer: with the prompt, and without it if there is guidance.
+    fn branches(condition: &Self::Condition) -> usize;
+
+    /// What it answers on these branches (0 is that with the prompt) of each question, one after the other. All latents are of one shape, and all conditions of one kind.
     ///
     /// # Errors
     /// If a pass fails.
-    fn predict(
+    fn evaluate(
         &self,
         questions: &[Question<'_, Self::Condition>],
+        branches: Range<usize>,
         shape: Shape,
         device: &Device,
-    ) -> Result<Vec<Vec<f32>>, EngineError>;
+    ) -> Result<Vec<Branches>, EngineError>;
+
+    /// What samplers are told of the answers on all branches, or on the first alone where there is to be no guidance.
+    fn guide(condition: &Self::Condition, answers: Branches) -> Vec<f32>;
 }
+
+/// Answers to one question, one of each branch.
+pub type Branches = Vec<Vec<f32>>;
 
 /// An evaluation of one sample.
 #[derive(Debug)]
@@ -112,12 +132,29 @@ struct Engine<N> {
     scheduler: samplers::Config,
     network: N,
     device: Device,
+    /// The network once more, on another device, for the branch without the prompt.
+    second: Option<(N, Device)>,
 }
 
 struct State<C> {
     trajectory: Trajectory,
     condition: C,
+    /// The same for [`Engine::second`].
+    second: Option<C>,
+    /// Steps that are guided.
+    guided: Range<u32>,
     size: Size,
+}
+
+fn questions<'a, C>(asked: &'a [(Cow<'a, [f32]>, f32)], conditions: &[&'a C]) -> Vec<Question<'a, C>> {
+    let asked = asked.iter().zip(conditions);
+    asked.map(|((latent, time), condition)| Question { latent, time: *time, condition: *condition }).collect()
+}
+
+/// A sample at one of its steps, and on how many branches the network is asked there.
+struct Moving<'a, C> {
+    state: &'a mut State<C>,
+    branches: usize,
 }
 
 /// The folder of a pipeline of diffusers, whose parts a family loads.
@@ -164,88 +201,30 @@ impl Parts<'_> {
 /// If a file cannot be read, is malformed, or says what is not computed here.
 pub fn load<N: Network>(
     pipeline: &Pipeline,
-    device: &Device,
-    make: impl FnOnce(&Parts<'_>) -> Result<N, EngineError>,
+    devices: &Devices,
+    make: impl Fn(&Parts<'_>) -> Result<N, EngineError>,
 ) -> Result<Box<dyn Hand>, EngineError> {
     let config: Config = pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable("the pipeline", e))?;
     let folder = pipeline.folder();
     let scheduler = read_json(&folder.join("scheduler").join("scheduler_config.json"))
         .map_err(|e| unloadable("the scheduler", e))?;
-    let network = make(&Parts { folder, device })?;
+    let network = make(&Parts { folder, device: &devices.first })?;
     let space = pipeline.space(network.width() as u32, config.layers, "none");
     if network.width() != config.width {
         let message = format!("the network reads {}, not states of {} channels", space_name(&space), config.width);
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("hand.config.width").into());
     }
+    let second = match &devices.second {
+        Some(device) => Some((make(&Parts { folder, device })?, device.clone())),
+        None => None,
+    };
     let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_BATCH, simulated: false };
-    Ok(Box::new(Engine { spec, space, scheduler, network, device: device.clone() }))
+    Ok(Box::new(Engine { spec, space, scheduler, network, device: devices.first.clone(), second }))
 }
 
 /// Why a control signal is refused.
 pub fn malformed(what: impl Into<String>) -> EngineError {
     ApiError::new(ErrorCode::InvalidField, format!("malformed control signal: {}", what.into())).field("signal").into()
-}
-
-/// What a branch conditions a picture on: the states of a text, or what a connector made of them.
-fn stream(signal: &ControlSignal, branch: Branch) -> Result<&ControlStream, EngineError> {
-    [StreamRole::Text, StreamRole::Query]
-        .into_iter()
-        .find_map(|role| signal::find(signal, role, branch))
-        .ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))
-}
-
-/// The text of a signal (1 or 2, tokens, width): with guidance, the branch without the prompt comes last.
-///
-/// # Errors
-/// If a branch is missing, or of another width or length.
-pub fn text(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
-    let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
-    let find = |branch: Branch| Ok::<_, EngineError>(signal::tensor(stream(signal, branch)?, device)?);
-    let positive = find(Branch::Conditional)?;
-    if positive.dim(1)? != width {
-        return Err(malformed(format!("states of {} channels, the network reads {width}", positive.dim(1)?)));
-    }
-    let mut branches = vec![positive.clone()];
-    if guided {
-        branches.push(if zeros { positive.zeros_like()? } else { find(Branch::Unconditional)? });
-    }
-    if branches.iter().any(|branch| branch.dims() != positive.dims()) {
-        return Err(malformed("the two text streams differ in length"));
-    }
-    Ok(Tensor::stack(&branches, 0)?)
-}
-
-/// A text, filled up to a number of tokens that others have too.
-#[derive(Debug)]
-pub struct FilledText {
-    /// (1, tokens, width)
-    pub states: Tensor,
-    /// (1, tokens), 1 for those of the text
-    pub present: Tensor,
-}
-
-/// A text of a signal, filled up with zeros to a multiple of so many tokens: texts of about the same length share a pass.
-///
-/// # Errors
-/// If the branch is missing, empty, or of another width.
-pub fn filled_text(
-    signal: &ControlSignal,
-    branch: Branch,
-    width: usize,
-    multiple: usize,
-    device: &Device,
-) -> Result<FilledText, EngineError> {
-    let states = signal::tensor(stream(signal, branch)?, device)?;
-    let (tokens, channels) = states.dims2()?;
-    if tokens == 0 || channels != width {
-        return Err(malformed(format!("{tokens} states of {channels} channels, the network reads some of {width}")));
-    }
-    let filled = tokens.next_multiple_of(multiple);
-    let present: Vec<f32> = (0..filled).map(|token| f32::from(u8::from(token < tokens))).collect();
-    Ok(FilledText {
-        states: states.pad_with_zeros(0, 0, filled - tokens)?.unsqueeze(0)?,
-        present: Tensor::from_vec(present, (1, filled), device)?,
-    })
 }
 
 /// The latents of questions, (batch, channels, height, width).
@@ -261,27 +240,6 @@ pub fn stacked<C>(
     Tensor::cat(&questions.iter().map(latent).collect::<candle_core::Result<Vec<_>>>()?, 0)
 }
 
-/// The pooled text of a signal (1 or 2, width), as [`text`].
-///
-/// # Errors
-/// If a branch is missing, of another width, or not finite.
-pub fn pooled(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
-    let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
-    let find = |label: &str| {
-        let found = signal.pooled.iter().find(|vector| vector.label == label);
-        found.map(|vector| vector.values.clone()).ok_or_else(|| malformed(format!("there is no {label} pooled vector")))
-    };
-    let mut vectors = vec![find(CONDITIONAL)?];
-    if guided {
-        vectors.push(if zeros { vec![0.0; vectors[0].len()] } else { find(UNCONDITIONAL)? });
-    }
-    if vectors.iter().any(|vector| vector.len() != width || vector.iter().any(|value| !value.is_finite())) {
-        return Err(malformed(format!("a pooled vector is not of {width} finite values")));
-    }
-    let count = vectors.len();
-    Ok(Tensor::from_vec(vectors.concat(), (count, width), device)?)
-}
-
 /// The exponent of a shift that grows with a picture's tokens, from `base_shift` at `base_image_seq_len` tokens to `max_shift` at `max_image_seq_len`.
 ///
 /// # Errors
@@ -292,39 +250,6 @@ pub fn shift_of_size(scheduler: &samplers::Config, tokens: usize) -> Result<f64,
     let (low, high) = (number("base_shift", 0.5)?, number("max_shift", 1.15)?);
     let slope = (high - low) / (last - first);
     Ok(tokens as f64 * slope + (low - slope * first))
-}
-
-/// The strength of classifier-free guidance, if there is to be any. As in diffusers: at 1 and below there is one evaluation, without guidance.
-pub fn guided(guidance_scale: f32) -> Option<f32> {
-    (guidance_scale > 1.0).then_some(guidance_scale)
-}
-
-/// `u + scale (c - u)` of what a network answered with and without the prompt; the one answer, if there is no guidance.
-pub fn guide(scale: Option<f32>, answers: &[Vec<f32>]) -> Vec<f32> {
-    match (scale, answers) {
-        (Some(scale), [conditional, unconditional]) => {
-            conditional.iter().zip(unconditional).map(|(c, u)| u + scale * (c - u)).collect()
-        }
-        (_, [answer, ..]) => answer.clone(),
-        (_, []) => Vec::new(),
-    }
-}
-
-/// A guided answer with its spread brought nearer to that of the answer with the prompt, by a share of 0 to 1. Source: diffusers 0.42.1, `rescale_noise_cfg`.
-pub fn rescaled(share: f32, conditional: &[f32], guided: Vec<f32>) -> Vec<f32> {
-    if share == 0.0 {
-        return guided;
-    }
-    let spread = |values: &[f32]| {
-        let count = values.len().max(1) as f64;
-        let mean = values.iter().map(|value| f64::from(*value)).sum::<f64>() / count;
-        (values.iter().map(|value| (f64::from(*value) - mean).powi(2)).sum::<f64>() / count).sqrt()
-    };
-    let ratio = (spread(conditional) / spread(&guided)) as f32;
-    if !ratio.is_finite() {
-        return guided;
-    }
-    guided.into_iter().map(|value| share * (value * ratio) + (1.0 - share) * value).collect()
 }
 
 /// Refuses a network that does not take and give as many channels as the latents have.
@@ -377,6 +302,10 @@ impl<N: Network> Engine<N> {
             return Err(refused(ErrorCode::NotOffered, "guidance_rescale", message));
         }
         let condition = self.network.condition(request, &self.device)?;
+        let second = match &self.second {
+            Some((network, device)) if N::branches(&condition) > 1 => Some(network.condition(request, device)?),
+            _ => None,
+        };
         let steps = match &request.picture {
             None => request.steps,
             Some(picture) => self.network.made(f64::from(request.steps), picture.strength) as u32,
@@ -407,7 +336,13 @@ impl<N: Network> Engine<N> {
             key: BatchKey(format!("{sampler}/{width}x{height}/{}", N::kind(&condition))),
             step,
             steps,
-            state: Box::new(State { trajectory, condition, size: request.size }),
+            state: Box::new(State {
+                trajectory,
+                condition,
+                second,
+                guided: request.guided_steps(steps),
+                size: request.size,
+            }),
         })
     }
 
@@ -458,29 +393,59 @@ impl<N: Network> Engine<N> {
     }
 
     /// Asks the network once for each, and goes on by its answers. Which are in the middle of a step now.
-    fn evaluate(&self, states: &mut [&mut State<N::Condition>]) -> Result<Vec<bool>, EngineError> {
-        let shape = match states.first() {
-            Some(state) => self.shape(state.size)?,
+    fn evaluate(&self, moving: &mut [Moving<'_, N::Condition>]) -> Result<Vec<bool>, EngineError> {
+        let shape = match moving.first() {
+            Some(moving) => self.shape(moving.state.size)?,
             None => return Ok(Vec::new()),
         };
-        let outputs = {
-            let asked: Vec<_> = states.iter().map(|state| (state.trajectory.question(), &state.condition)).collect();
-            let questions: Vec<_> = asked
+        let mut outputs = vec![Vec::new(); moving.len()];
+        // Those that are guided at their step, and those that are not, are asked apart.
+        let counts: BTreeSet<usize> = moving.iter().map(|moving| moving.branches).collect();
+        for count in counts {
+            let (places, states): (Vec<usize>, Vec<&State<N::Condition>>) = moving
                 .iter()
-                .map(|((latent, time), condition)| Question { latent, time: *time, condition: *condition })
-                .collect();
-            self.network.predict(&questions, shape, &self.device)?
-        };
-        Ok(states.iter_mut().zip(outputs).map(|(state, output)| !state.trajectory.answer(&output)).collect())
+                .enumerate()
+                .filter(|(_, moving)| moving.branches == count)
+                .map(|(place, moving)| (place, &*moving.state))
+                .unzip();
+            for ((place, state), answers) in places.iter().zip(&states).zip(self.answers(&states, count, shape)?) {
+                outputs[*place] = N::guide(&state.condition, answers);
+            }
+        }
+        Ok(moving.iter_mut().zip(outputs).map(|(moving, output)| !moving.state.trajectory.answer(&output)).collect())
     }
 
-    fn advance(&self, states: &mut [&mut State<N::Condition>]) -> Result<(), EngineError> {
-        let unfinished = self.evaluate(states)?;
-        let mut rest: Vec<&mut State<N::Condition>> = states
+    /// The network's answers on the first branches of each; with a second device, that without the prompt is computed there at the same time.
+    fn answers(
+        &self,
+        states: &[&State<N::Condition>],
+        branches: usize,
+        shape: Shape,
+    ) -> Result<Vec<Branches>, EngineError> {
+        let asked: Vec<_> = states.iter().map(|state| state.trajectory.question()).collect();
+        let here: Vec<&N::Condition> = states.iter().map(|state| &state.condition).collect();
+        let there: Option<Vec<&N::Condition>> = states.iter().map(|state| state.second.as_ref()).collect();
+        let (Some((network, device)), Some(there), 2..) = (&self.second, there, branches) else {
+            return self.network.evaluate(&questions(&asked, &here), 0..branches, shape, &self.device);
+        };
+        let (with, without) = std::thread::scope(|scope| {
+            let without = scope.spawn(|| network.evaluate(&questions(&asked, &there), 1..branches, shape, device));
+            let with = self.network.evaluate(&questions(&asked, &here), 0..1, shape, &self.device);
+            let crashed = |_| Err(EngineError::Crashed("the branch without the prompt".to_owned()));
+            (with, without.join().unwrap_or_else(crashed))
+        });
+        let (mut answers, without) = (with?, without?);
+        answers.iter_mut().zip(without).for_each(|(answers, without)| answers.extend(without));
+        Ok(answers)
+    }
+
+    fn advance(&self, moving: &mut [Moving<'_, N::Condition>]) -> Result<(), EngineError> {
+        let unfinished = self.evaluate(moving)?;
+        let mut rest: Vec<_> = moving
             .iter_mut()
             .zip(unfinished)
             .filter(|(_, unfinished)| *unfinished)
-            .map(|(state, _)| &mut **state)
+            .map(|(moving, _)| Moving { state: &mut *moving.state, branches: moving.branches })
             .collect();
         self.evaluate(&mut rest).map(drop)
     }
@@ -538,18 +503,20 @@ impl<N: Network> Hand for Engine<N> {
 
     fn step(&mut self, batch: &mut [&mut Sample]) -> Vec<Result<(), EngineError>> {
         let mut outcomes: Vec<Result<(), EngineError>> = Vec::with_capacity(batch.len());
-        let mut states = Vec::with_capacity(batch.len());
+        let mut moving = Vec::with_capacity(batch.len());
         for sample in batch.iter_mut() {
             let complete = sample.is_complete();
             match sample.state.downcast_mut::<State<N::Condition>>() {
                 Some(state) if !complete && !state.trajectory.is_complete() => {
-                    states.push(state);
+                    let branches = N::branches(&state.condition);
+                    let branches = if state.guided.contains(&sample.step) { branches } else { branches.min(1) };
+                    moving.push(Moving { state, branches });
                     outcomes.push(Ok(()));
                 }
                 _ => outcomes.push(Err(foreign())),
             }
         }
-        if let Err(error) = self.advance(&mut states) {
+        if let Err(error) = self.advance(&mut moving) {
             let memory = matches!(error, EngineError::OutOfMemory(_));
             let message = error.to_string();
             let failed = || match memory {
