@@ -57,9 +57,17 @@ impl State {
         self.workers.values().filter(move |worker| worker.role() == role && worker.state() == WorkerState::Ready)
     }
 
+    /// Workers that have it loaded, or if there is none, that load it when it is asked for.
     fn live(&self, model: &str, role: WorkerRole) -> u32 {
-        let serves = |worker: &&Worker| worker.models.iter().any(|served| served.name == model);
-        self.ready(role).filter(serves).count() as u32
+        let count = |state| {
+            let serves = |worker: &&Worker| worker.models.iter().any(|served| served.name == model);
+            let workers = self.workers.values().filter(|worker| worker.role() == role && worker.state() == state);
+            workers.filter(serves).count() as u32
+        };
+        match count(WorkerState::Ready) {
+            0 => count(WorkerState::Standby),
+            ready => ready,
+        }
     }
 
     /// Which of the stages that are needed has no live worker.

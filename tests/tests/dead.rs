@@ -293,6 +293,7 @@ async fn a_task_takes_down_no_more_workers_than_it_may() {
         devices: Vec::new(),
         capacity: 1,
         simulated: true,
+        activity: Default::default(),
     };
     let _on_paper = Member::join(cluster.ledger.clone(), profile).await.expect("joins");
     cluster.settled().await;

@@ -20,7 +20,7 @@ use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError},
     intake::Intake,
-    lifecycle::{InFlight, Member, Profile},
+    lifecycle::{Activity, InFlight, Member, Profile},
     signal::ControlSignal,
     task::{self, Admission, Cancellations, Held},
     thread::{EngineThread, Factory},
@@ -69,6 +69,9 @@ pub struct Options {
     /// How long a batch may take before the brain counts as hung; for ever if zero. Default 10 min.
     #[serde(with = "humantime_serde")]
     pub step_timeout: Duration,
+    /// Told of what is in hand.
+    #[serde(skip)]
+    pub activity: Activity,
 }
 
 impl Default for Options {
@@ -83,6 +86,7 @@ impl Default for Options {
             serve_bytes: 256 * 1024 * 1024,
             grace: Duration::from_secs(30),
             step_timeout: Duration::from_secs(600),
+            activity: Activity::default(),
         }
     }
 }
@@ -165,6 +169,7 @@ pub async fn run(
         devices,
         capacity: (options.max_prompts * BATCHES) as u32,
         simulated: spec.simulated,
+        activity: options.activity.clone(),
     };
     let member = Member::join(ledger.clone(), profile).await?;
     // Where there is one process, its own cache is the cluster's.

@@ -26,7 +26,7 @@ use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{EngineError, Hand, Picture, RenderRequest},
     intake::{self, IDLE_WAIT},
-    lifecycle::{Member, Profile},
+    lifecycle::{Activity, Member, Profile},
     task::{self, Admission, BRISK, Cancellations, Held},
     thread::Factory,
     watchdog::{Hang, Watchdog},
@@ -87,6 +87,9 @@ pub struct Options {
     /// How long a step may take before the hand counts as hung; for ever if zero. Default 10 min.
     #[serde(with = "humantime_serde")]
     pub step_timeout: Duration,
+    /// Told of what is in hand.
+    #[serde(skip)]
+    pub activity: Activity,
 }
 
 impl Default for Options {
@@ -98,6 +101,7 @@ impl Default for Options {
             checkpoint_after: Duration::from_secs(10),
             checkpoint_interval: Duration::from_secs(5),
             step_timeout: Duration::from_secs(600),
+            activity: Activity::default(),
         }
     }
 }
@@ -174,6 +178,7 @@ pub async fn run(
         devices,
         capacity: capacity as u32,
         simulated: spec.simulated,
+        activity: options.activity.clone(),
     };
     let member = Member::join(ledger.clone(), profile).await?;
     readiness.set(true);

@@ -117,6 +117,14 @@ impl Failure {
         Self::new(exit, anyhow::Error::new(error.clone()).context(format!("job {job_id} {what}")))
     }
 
+    /// Why, if it has this exit code.
+    pub(crate) fn why(&self, code: Exit) -> Option<String> {
+        match self {
+            Self::Told { exit, error } if *exit == code => Some(sentence(error)),
+            _ => None,
+        }
+    }
+
     /// Tells it, and gives the process's exit code.
     pub(crate) fn report(&self, json: bool) -> ExitCode {
         let Self::Told { exit, error } = self else { return ExitCode::SUCCESS };

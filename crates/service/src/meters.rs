@@ -9,6 +9,8 @@ const COUNTERS: &[Meter] = &[
         "Calls to a coordinator, by method and by the code they were answered with (OK or an error's code)",
     ),
     ("efferent_images_total", "Images recorded by this hand"),
+    ("efferent_models_loaded_total", "Times that a worker with several models loaded one, by model"),
+    ("efferent_models_unloaded_total", "Times that it let go of one to make room for another, by model"),
     (
         "efferent_results_duplicate_total",
         "Images that were dropped because an earlier attempt recorded them or the job was over",

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -34,6 +34,31 @@ pub struct Profile {
     pub capacity: u32,
     /// Whether its engine only pretends.
     pub simulated: bool,
+    /// Told of what is in hand.
+    pub activity: Activity,
+}
+
+/// How many tasks are in hand, and since when none is. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Activity(Arc<Mutex<(u32, Instant)>>);
+
+impl Default for Activity {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new((0, Instant::now()))))
+    }
+}
+
+impl Activity {
+    /// Since when nothing is in hand; zero if something is.
+    pub fn idle(&self) -> Duration {
+        let (in_hand, since) = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if in_hand > 0 { Duration::ZERO } else { since.elapsed() }
+    }
+
+    fn change(&self, change: impl FnOnce(u32) -> u32) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *state = (change(state.0), Instant::now());
+    }
 }
 
 /// A registered worker. Dropping it stops the heartbeat, so that it vanishes after [`TIME_TO_LIVE`]; [`Member::leave`] is quicker.
@@ -49,13 +74,14 @@ pub struct Member {
 struct Shared {
     worker: Mutex<Worker>,
     in_flight: AtomicU32,
+    activity: Activity,
     clock: StageClock,
     changed: Notify,
 }
 
 impl Shared {
     fn worker(&self) -> Worker {
-        let mut worker = self.worker.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let mut worker = self.worker.lock().unwrap_or_else(PoisonError::into_inner).clone();
         worker.in_flight = self.in_flight.load(Ordering::Relaxed);
         worker.time = self.clock.tell(Instant::now());
         worker
@@ -68,6 +94,18 @@ impl Member {
     /// # Errors
     /// If the bus is unavailable.
     pub async fn join(ledger: Ledger, profile: Profile) -> efferent_bus::Result<Self> {
+        Self::register(ledger, profile, WorkerState::Ready).await
+    }
+
+    /// Registers a worker that loads its models when they are asked for, and its models as known.
+    ///
+    /// # Errors
+    /// If the bus is unavailable.
+    pub async fn stand_by(ledger: Ledger, profile: Profile) -> efferent_bus::Result<Self> {
+        Self::register(ledger, profile, WorkerState::Standby).await
+    }
+
+    async fn register(ledger: Ledger, profile: Profile, state: WorkerState) -> efferent_bus::Result<Self> {
         let id = names::new_job_id().to_lowercase();
         let mut worker = Worker {
             id: id.clone(),
@@ -83,7 +121,7 @@ impl Member {
             ..Default::default()
         };
         worker.set_role(profile.role);
-        worker.set_state(WorkerState::Ready);
+        worker.set_state(state);
         for model in &worker.models {
             ledger.register_model(model).await?;
         }
@@ -91,6 +129,7 @@ impl Member {
         let shared = Arc::new(Shared {
             worker: Mutex::new(worker),
             in_flight: AtomicU32::new(0),
+            activity: profile.activity,
             clock: StageClock::default(),
             changed: Notify::new(),
         });
@@ -106,6 +145,7 @@ impl Member {
     /// Counts a task as held until the guard is dropped.
     pub fn hold(&self) -> InFlight {
         self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
+        self.shared.activity.change(|count| count + 1);
         self.shared.clock.begin(Instant::now());
         InFlight(self.shared.clone())
     }
@@ -115,9 +155,15 @@ impl Member {
         self.shared.clock.done(units, elapsed);
     }
 
+    /// Says which models it serves from now on.
+    pub fn offer(&self, models: Vec<Model>) {
+        self.shared.worker.lock().unwrap_or_else(PoisonError::into_inner).models = models;
+        self.shared.changed.notify_one();
+    }
+
     /// Says that no more work is taken.
     pub fn drain(&self) {
-        self.shared.worker.lock().unwrap_or_else(std::sync::PoisonError::into_inner).set_state(WorkerState::Draining);
+        self.shared.worker.lock().unwrap_or_else(PoisonError::into_inner).set_state(WorkerState::Draining);
         self.shared.changed.notify_one();
     }
 
@@ -143,6 +189,7 @@ pub struct InFlight(Arc<Shared>);
 impl Drop for InFlight {
     fn drop(&mut self) {
         self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.0.activity.change(|count| count.saturating_sub(1));
         self.0.clock.end(Instant::now());
     }
 }
@@ -162,7 +209,8 @@ async fn beat(ledger: Ledger, shared: Arc<Shared>) {
     }
 }
 
-fn host() -> String {
+/// The host's name.
+pub fn host() -> String {
     let named = std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).ok();
     named.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".to_owned())
 }

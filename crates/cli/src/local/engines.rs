@@ -1,14 +1,17 @@
 //! From what was configured to a brain and a hand.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use candle_core::Device;
 use efferent_brain::families as brains;
 use efferent_hand::families as hands;
+use efferent_proto::v1::Model;
 use efferent_worker::{
     engine::{Brain, Hand},
     pipeline::Pipeline,
+    sim,
     thread::Factory,
+    weights::Measure,
 };
 
 use crate::{
@@ -16,7 +19,7 @@ use crate::{
     exit::{Exit, Failure},
     local::{
         devices::{self, Held},
-        fetch, locate,
+        fetch, inspect, locate,
     },
     output,
     settings::Settings,
@@ -26,7 +29,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Engines {
     source: Source,
-    held: Held,
+    held: Arc<Held>,
 }
 
 #[derive(Debug)]
@@ -41,9 +44,33 @@ impl Engines {
     /// # Errors
     /// If there is no such model, its manifest is malformed, or the device is not there or held by another worker.
     pub(crate) fn open(settings: &Settings, role: &str) -> Result<Self, Failure> {
+        let held = Arc::new(devices::take(&settings.local, role)?);
+        Self::find(settings, &settings.client.model, held)
+    }
+
+    /// The model, and those besides it.
+    ///
+    /// # Errors
+    /// As [`Engines::open`], and if two of them have one name.
+    pub(crate) fn open_all(settings: &Settings, role: &str) -> Result<Vec<Self>, Failure> {
+        let first = Self::open(settings, role)?;
+        let mut all: Vec<Self> = Vec::new();
+        let more = settings.local.also.split(',').map(str::trim).filter(|name| !name.is_empty());
+        let more = more.map(|name| Self::find(settings, name, first.held.clone())).collect::<Vec<_>>();
+        for engines in std::iter::once(Ok(first)).chain(more) {
+            let engines = engines?;
+            if all.iter().any(|known| known.name() == engines.name()) {
+                let message = format!("--also names {} twice, or what --model names already", engines.name());
+                return Err(Failure::words(Exit::Config, message));
+            }
+            all.push(engines);
+        }
+        Ok(all)
+    }
+
+    fn find(settings: &Settings, model: &str, held: Arc<Held>) -> Result<Self, Failure> {
         let local = &settings.local;
-        let held = devices::take(local, role)?;
-        if settings.client.model == locate::SIM {
+        if model == locate::SIM {
             let sim = &local.sim;
             let jitter = sim.jitter.0;
             let brain = brains::sim::Cost {
@@ -64,8 +91,33 @@ impl Engines {
             };
             return Ok(Self { source: Source::Sim { brain, hand }, held });
         }
-        let pipeline = open(&settings.client.model, &local.models)?;
+        let pipeline = open(model, &local.models)?;
         Ok(Self { source: Source::Model(Box::new(pipeline)), held })
+    }
+
+    /// The model as it is offered before it is loaded.
+    ///
+    /// # Errors
+    /// If its folder does not say.
+    pub(crate) fn model(&self) -> Result<Model, Failure> {
+        let Source::Model(pipeline) = &self.source else { return Ok(sim::model()) };
+        let space = pipeline.declared_space().ok_or_else(|| {
+            let message =
+                format!("model {} does not declare its space, so it cannot be one of several", pipeline.name());
+            Failure::words(Exit::Config, message)
+        })?;
+        Ok(pipeline.model(&space))
+    }
+
+    /// Bytes of memory that its weights take in a brain (with its connector), or in a hand.
+    ///
+    /// # Errors
+    /// If a file of it cannot be read.
+    pub(crate) fn memory(&self, settings: &Settings, role: &[&str]) -> Result<u64, Failure> {
+        let Source::Model(pipeline) = &self.source else { return Ok(0) };
+        let parts = inspect::parts(pipeline, settings)?;
+        let of_role = parts.iter().filter(|part| role.contains(&part.role));
+        Ok(of_role.filter_map(|part| part.measure.as_ref().map(Measure::memory)).sum())
     }
 
     /// The model's name.

@@ -112,15 +112,21 @@ fn yes(offered: bool) -> &'static str {
     if offered { "yes" } else { "no" }
 }
 
-struct Part {
-    role: &'static str,
+/// A part of a model.
+pub(crate) struct Part {
+    /// `brain`, `connector` or `hand`.
+    pub(crate) role: &'static str,
     name: String,
     kind: String,
     /// None if the weights are to be fetched first.
-    measure: Option<Measure>,
+    pub(crate) measure: Option<Measure>,
 }
 
-fn parts(pipeline: &Pipeline, settings: &Settings) -> Result<Vec<Part>, Failure> {
+/// What a model is made of.
+///
+/// # Errors
+/// If a file of it cannot be read.
+pub(crate) fn parts(pipeline: &Pipeline, settings: &Settings) -> Result<Vec<Part>, Failure> {
     let mut found = Vec::new();
     if let Some(file) = pipeline.brain_weights(&settings.local.home) {
         let measure = match file.exists() {

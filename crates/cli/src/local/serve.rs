@@ -3,10 +3,15 @@
 use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use efferent_bus::{SharedBus, embedded::Embedded, ledger::Ledger, nats::Nats};
+use efferent_proto::{names, v1::WorkerRole};
 use efferent_service::{
     Shutdown,
     admin::{self, Readiness},
     telemetry::Telemetry,
+};
+use efferent_worker::{
+    lifecycle::Activity,
+    roster::{self, Candidate, Serve},
 };
 use tokio::{
     io::AsyncReadExt as _,
@@ -96,32 +101,88 @@ impl Services {
         self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
     }
 
-    /// Starts a brain.
-    pub(crate) fn brain(&mut self, settings: &Local, engines: &Engines) {
-        let (options, factory) = (settings.brain.clone(), engines.brain(&settings.home));
-        let (ledger, shutdown, readiness) = (self.ledger.clone(), self.shutdown.clone(), Readiness::default());
-        let devices = engines.devices();
-        let service = efferent_brain::run(options, factory, devices, ledger, readiness.clone(), shutdown);
-        let exit = |error: &_| match error {
-            efferent_brain::Error::Engine(_) => Exit::Config,
-            efferent_brain::Error::Bus(error) => bus_exit(error),
-            efferent_brain::Error::Hang(_) => Exit::Hung,
+    /// Starts a worker of several models, which loads them as they are asked for.
+    ///
+    /// # Errors
+    /// If one does not say what it offers, cannot be read, or is larger than all that may be loaded.
+    pub(crate) fn several(&mut self, settings: &Settings, role: Role, all: &[Arc<Engines>]) -> Result<(), Failure> {
+        let local = &settings.local;
+        let is_brain = role == Role::Brain;
+        let parts: &[&str] = if is_brain { &["brain", "connector"] } else { &["hand"] };
+        let devices = all.first().map(|engines| engines.devices()).unwrap_or_default();
+        let gpus: u64 =
+            devices.iter().filter(|device| device.device != "cpu" && device.cores == 0).map(|d| d.memory_bytes).sum();
+        let found = if gpus > 0 { gpus } else { efferent_worker::memory::available().unwrap_or(u64::MAX) };
+        let memory = if local.model_memory > 0 { local.model_memory } else { found };
+        let mut candidates = Vec::new();
+        for engines in all {
+            let (model, bytes) = (engines.model()?, engines.memory(settings, parts)?);
+            if bytes > memory {
+                let message = format!(
+                    "model {} takes {bytes} bytes, over the {memory} that may be loaded (model_memory)",
+                    model.name
+                );
+                return Err(Failure::words(Exit::Config, message));
+            }
+            let queue = |lane| {
+                if is_brain { names::brain_queue(&model.brain, lane) } else { names::hand_queue(&model.hand, lane) }
+            };
+            let queues = names::LANES.map(queue).to_vec();
+            if let Some(Candidate { model: other, .. }) =
+                candidates.iter().find(|other: &&Candidate<_>| other.queues == queues)
+            {
+                let message =
+                    format!("models {} and {} have one {}; name one of them", other.name, model.name, role.name());
+                return Err(Failure::words(Exit::Config, message));
+            }
+            let (engines, local, ledger) = (engines.clone(), local.clone(), self.ledger.clone());
+            let serve: Serve<Failure> = Box::new(move |activity, readiness, shutdown| {
+                let (engines, local, ledger) = (engines.clone(), local.clone(), ledger.clone());
+                Box::pin(async move {
+                    match is_brain {
+                        true => brain(&local, &engines, activity, ledger, readiness, shutdown).await,
+                        false => hand(&local, &engines, activity, ledger, readiness, shutdown).await,
+                    }
+                })
+            });
+            candidates.push(Candidate { model, queues, bytes, serve });
+        }
+        let role = if is_brain { WorkerRole::Brain } else { WorkerRole::Hand };
+        let options = roster::Options { role, devices, memory, patience: local.model_patience };
+        let readiness = Readiness::default();
+        let (ledger, shutdown) = (self.ledger.clone(), self.shutdown.clone());
+        let serving =
+            roster::run(options, candidates, |failure| failure.why(Exit::Config), ledger, readiness.clone(), shutdown);
+        let serving = async move {
+            serving.await.map_err(|error| match error {
+                roster::Error::Bus(error) => Failure::new(bus_exit(&error), error),
+                roster::Error::Service(failure) => failure,
+            })
         };
-        self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
+        self.start(serving, readiness);
+        Ok(())
+    }
+
+    /// Starts a brain.
+    pub(crate) fn brain(&mut self, settings: &Local, engines: &Arc<Engines>) {
+        let (settings, engines, ledger) = (settings.clone(), engines.clone(), self.ledger.clone());
+        let (readiness, shutdown) = (Readiness::default(), self.shutdown.clone());
+        let ready = readiness.clone();
+        self.start(
+            async move { brain(&settings, &engines, Activity::default(), ledger, ready, shutdown).await },
+            readiness,
+        );
     }
 
     /// Starts a hand.
-    pub(crate) fn hand(&mut self, settings: &Local, engines: &Engines) {
-        let (options, factory) = (settings.hand.clone(), engines.hand());
-        let (ledger, shutdown, readiness) = (self.ledger.clone(), self.shutdown.clone(), Readiness::default());
-        let devices = engines.devices();
-        let service = efferent_hand::run(options, factory, devices, ledger, readiness.clone(), shutdown);
-        let exit = |error: &_| match error {
-            efferent_hand::Error::Engine(_) => Exit::Config,
-            efferent_hand::Error::Bus(error) => bus_exit(error),
-            efferent_hand::Error::Hang(_) => Exit::Hung,
-        };
-        self.start(async move { service.await.map_err(|error| Failure::new(exit(&error), error)) }, readiness);
+    pub(crate) fn hand(&mut self, settings: &Local, engines: &Arc<Engines>) {
+        let (settings, engines, ledger) = (settings.clone(), engines.clone(), self.ledger.clone());
+        let (readiness, shutdown) = (Readiness::default(), self.shutdown.clone());
+        let ready = readiness.clone();
+        self.start(
+            async move { hand(&settings, &engines, Activity::default(), ledger, ready, shutdown).await },
+            readiness,
+        );
     }
 
     /// Whether every service takes work.
@@ -181,6 +242,47 @@ impl Services {
     }
 }
 
+async fn brain(
+    settings: &Local,
+    engines: &Engines,
+    activity: Activity,
+    ledger: Ledger,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) -> Result<(), Failure> {
+    let options = efferent_brain::Options { activity, ..settings.brain.clone() };
+    let factory = engines.brain(&settings.home);
+    let served = efferent_brain::run(options, factory, engines.devices(), ledger, readiness, shutdown).await;
+    served.map_err(|error| {
+        let exit = match &error {
+            efferent_brain::Error::Engine(_) => Exit::Config,
+            efferent_brain::Error::Bus(error) => bus_exit(error),
+            efferent_brain::Error::Hang(_) => Exit::Hung,
+        };
+        Failure::new(exit, error)
+    })
+}
+
+async fn hand(
+    settings: &Local,
+    engines: &Engines,
+    activity: Activity,
+    ledger: Ledger,
+    readiness: Readiness,
+    shutdown: Shutdown,
+) -> Result<(), Failure> {
+    let options = efferent_hand::Options { activity, ..settings.hand.clone() };
+    let served = efferent_hand::run(options, engines.hand(), engines.devices(), ledger, readiness, shutdown).await;
+    served.map_err(|error| {
+        let exit = match &error {
+            efferent_hand::Error::Engine(_) => Exit::Config,
+            efferent_hand::Error::Bus(error) => bus_exit(error),
+            efferent_hand::Error::Hang(_) => Exit::Hung,
+        };
+        Failure::new(exit, error)
+    })
+}
+
 /// The exit code of a failure of the bus.
 pub(crate) fn bus_exit(error: &efferent_bus::Error) -> Exit {
     match error {
@@ -233,10 +335,12 @@ pub(crate) async fn run_until(
         needs_queue(local, role.name())?;
     }
     let engines = match role {
-        Role::Coordinator => None,
-        Role::Up | Role::Brain | Role::Hand => Some(Arc::new(Engines::open(settings, role.name())?)),
+        Role::Coordinator => Vec::new(),
+        Role::Up | Role::Brain | Role::Hand => {
+            Engines::open_all(settings, role.name())?.into_iter().map(Arc::new).collect()
+        }
     };
-    if let Some(engines) = engines.as_ref().filter(|_| role.has(Role::Brain)) {
+    for engines in engines.iter().filter(|_| role.has(Role::Brain)) {
         tokio::select! {
             provided = provide_weights(engines, settings) => provided?,
             () = shutdown.requested() => return Ok(()),
@@ -260,16 +364,16 @@ pub(crate) async fn run_until(
         ready.push(format!("ready  grpc   http://{}", address_of(&listener)));
         services.coordinator(local, listener);
     }
-    if let Some(engines) = &engines {
+    for engines in &engines {
         let simulated = if engines.is_simulated() { ", simulated: its pictures show nothing" } else { "" };
         ready.push(format!("ready  model  {}{simulated} ({})", engines.name(), role.name()));
-        for _ in 0..copies {
-            if role.has(Role::Brain) {
-                services.brain(local, engines);
-            }
-            if role.has(Role::Hand) {
-                services.hand(local, engines);
-            }
+    }
+    for part in [Role::Brain, Role::Hand].into_iter().filter(|part| role.has(*part)) {
+        match &engines[..] {
+            [] => {}
+            [only] if part == Role::Brain => (0..copies).for_each(|_| services.brain(local, only)),
+            [only] => (0..copies).for_each(|_| services.hand(local, only)),
+            several => services.several(settings, part, several)?,
         }
     }
     let place =

@@ -16,6 +16,10 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Local {
     pub(crate) home: PathBuf,
     pub(crate) models: String,
+    pub(crate) also: String,
+    pub(crate) model_memory: u64,
+    #[serde(with = "humantime_serde")]
+    pub(crate) model_patience: Duration,
     pub(crate) offline: bool,
     pub(crate) python: String,
     pub(crate) device: String,
@@ -38,6 +42,9 @@ impl Default for Local {
             // Without a home of the user's (some containers) the working folder serves.
             home: super::user_folder("XDG_CACHE_HOME", ".cache").unwrap_or_else(|| PathBuf::from(".efferent")),
             models: String::new(),
+            also: String::new(),
+            model_memory: 0,
+            model_patience: Duration::from_secs(2),
             offline: false,
             python: "python3".to_owned(),
             device: "cpu".to_owned(),

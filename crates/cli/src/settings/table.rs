@@ -193,6 +193,27 @@ const LOCAL: &[Setting] = &[
          cuda:0,cuda:1, in builds with --features cuda; metal in builds with --features metal; cpu for a processor that is shared",
     ),
     setting(
+        Group::Device,
+        "also",
+        "also",
+        "MODEL,...",
+        "Models that a worker serves besides --model. It then loads each when it is asked for, and lets go of what was used longest ago when memory runs short",
+    ),
+    setting(
+        Group::Device,
+        "model_memory",
+        "model-memory",
+        "BYTES",
+        "Most bytes of models that a brain, and a hand, with several keeps loaded; 0 for what can be had at its start",
+    ),
+    setting(
+        Group::Device,
+        "model_patience",
+        "model-patience",
+        "TIME",
+        "How long work for a model waits at most for workers that have it loaded, and for models that are in use where it is not",
+    ),
+    setting(
         Group::Host,
         "device_locks",
         "device-locks",
