@@ -25,7 +25,12 @@ pub mod v1 {
 }
 
 /// Messages between brains, hands and coordinators, `efferent.internal.v1`.
-#[expect(missing_docs, clippy::large_enum_variant, reason = "generated; the documentation is in the .proto files")]
+#[expect(
+    missing_docs,
+    clippy::allow_attributes_without_reason,
+    clippy::large_enum_variant,
+    reason = "generated; the documentation is in the .proto files"
+)]
 pub mod internal {
     // Generated code names its neighbours by `super::super`, so the nesting must mirror the packages.
     mod v1 {

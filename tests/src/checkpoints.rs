@@ -57,8 +57,8 @@ pub fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
 pub fn open_on_two(name: &str) -> (Box<dyn Brain>, Box<dyn Hand>) {
     let pipeline = Pipeline::open(&folder(name)).expect("is there");
     let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device(), device()])().expect("is there");
-    let devices = hands::Devices { first: device(), second: Some(device()) };
-    (brain, hands::factory(&pipeline, devices)().expect("is there"))
+    let setup = hands::Setup { second: Some(device()), ..device().into() };
+    (brain, hands::factory(&pipeline, setup)().expect("is there"))
 }
 
 /// What diffusers computed.

@@ -76,6 +76,8 @@ pub struct Options {
     /// How long a stop takes at most; what is not done shortly before goes back to the queue, with a checkpoint. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
+    /// Pictures of more pixels are decoded in tiles, where the model does so; 0 for those alone that memory does not suffice for. Default 0.
+    pub tile_above: u64,
     /// Where times of steps are kept; empty for nowhere.
     pub profile: PathBuf,
     /// Images that take longer than this are checkpointed. Default 10 s.
@@ -97,6 +99,7 @@ impl Default for Options {
         Self {
             max_images: 0,
             grace: Duration::from_secs(30),
+            tile_above: 0,
             profile: PathBuf::new(),
             checkpoint_after: Duration::from_secs(10),
             checkpoint_interval: Duration::from_secs(5),

@@ -7,9 +7,12 @@
 mod golden;
 
 use candle_core::{Device, Tensor};
-use efferent_hand::networks::{
-    LatentSpace as _,
-    autoencoder::{Autoencoder, Config},
+use efferent_hand::{
+    latent::tiles,
+    networks::{
+        LatentSpace as _,
+        autoencoder::{Autoencoder, Config},
+    },
 };
 use golden::difference;
 
@@ -30,7 +33,17 @@ fn every_kind_agrees_with_diffusers() {
         let (x, latent) = (get("x", [3, 3, height, width]), get("latent", small));
         let (mean, logvar) = (get("mean", small), get("logvar", small));
         let picture = get("picture", [3, 3, height, width]);
+        let side = 16 / factor;
+        let tiled = [("wide", side, 2 * side + 1), ("large", 2 * side - 1, side + 3)].map(|(key, rows, columns)| {
+            let latent = get(&format!("{key}.latent"), [1, channels, rows, columns]);
+            (key, latent, get(&format!("{key}.picture"), [1, 3, rows * factor, columns * factor]))
+        });
         golden.finish().unwrap();
+        for (key, latent, picture) in tiled {
+            let got = tiles::decode(&network, &latent, network.tiles()).unwrap();
+            let error = difference(&got, &picture);
+            assert!(error < TOLERANCE, "{name}, {key}, in tiles: {error}");
+        }
         let (got_mean, got_logvar) = network.moments(&x).unwrap();
         let got = network.decode(&latent).unwrap();
         for (what, got, wanted) in

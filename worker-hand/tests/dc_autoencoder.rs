@@ -8,9 +8,12 @@
 mod golden;
 
 use candle_core::{Device, Tensor};
-use efferent_hand::networks::{
-    LatentSpace as _,
-    dc_autoencoder::{Config, DcAutoencoder},
+use efferent_hand::{
+    latent::tiles::{self, Tiles},
+    networks::{
+        LatentSpace as _,
+        dc_autoencoder::{Config, DcAutoencoder},
+    },
 };
 use golden::difference;
 use serde_json::json;
@@ -31,7 +34,13 @@ fn every_kind_agrees_with_diffusers() {
         let small = [3, channels, height / factor, width / factor];
         let (x, latent) = (get("x", [3, 3, height, width]), get("latent", small));
         let (encoded, picture) = (get("encoded", small), get("picture", [3, 3, height, width]));
+        let tiles = Tiles { side: 16 / factor, stride: 12 / factor };
+        let (rows, columns) = (2 * tiles.side - 1, tiles.side + 1);
+        let large = get("large.latent", [1, channels, rows, columns]);
+        let large_picture = get("large.picture", [1, 3, rows * factor, columns * factor]);
         golden.finish().unwrap();
+        let error = difference(&tiles::decode(&network, &large, tiles).unwrap(), &large_picture);
+        assert!(error < TOLERANCE, "{name}, in tiles: {error}");
         let (got_encoded, got) = (network.encode(&x).unwrap().mean, network.decode(&latent).unwrap());
         for (what, got, wanted) in [("latent", &got_encoded, &encoded), ("picture", &got, &picture)] {
             let error = difference(got, wanted);

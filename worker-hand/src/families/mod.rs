@@ -16,22 +16,24 @@ use efferent_worker::{
     thread::Factory,
 };
 
-/// What a hand computes on.
+/// What a hand computes on, and how.
 #[derive(Debug, Clone)]
-pub struct Devices {
+pub struct Setup {
     /// Everything, or all but what the second does.
     pub first: Device,
     /// The branch without the prompt, at the same time as the first that with it.
     pub second: Option<Device>,
+    /// Pixels of a picture above which it is decoded in tiles.
+    pub whole: u64,
 }
 
-impl From<Device> for Devices {
+impl From<Device> for Setup {
     fn from(first: Device) -> Self {
-        Self { first, second: None }
+        Self { first, second: None, whole: u64::MAX }
     }
 }
 
-type Load = fn(&Pipeline, &Devices) -> Result<Box<dyn Hand>, EngineError>;
+type Load = fn(&Pipeline, &Setup) -> Result<Box<dyn Hand>, EngineError>;
 
 /// Every family by its name in `pipeline.json`.
 pub const FAMILIES: [(&str, Load); 6] = [
@@ -44,12 +46,12 @@ pub const FAMILIES: [(&str, Load); 6] = [
 ];
 
 /// Builds the hand of a pipeline.
-pub fn factory(pipeline: &Pipeline, devices: impl Into<Devices>) -> Factory<dyn Hand> {
-    let (pipeline, devices) = (pipeline.clone(), devices.into());
+pub fn factory(pipeline: &Pipeline, setup: impl Into<Setup>) -> Factory<dyn Hand> {
+    let (pipeline, setup) = (pipeline.clone(), setup.into());
     Box::new(move || {
         let family = &pipeline.hand().family;
         match FAMILIES.iter().find(|(name, _)| name == family) {
-            Some((_, load)) => load(&pipeline, &devices),
+            Some((_, load)) => load(&pipeline, &setup),
             None => {
                 let known = FAMILIES.map(|(name, _)| name).join(", ");
                 let message = format!("no hand family is called {family:?}; known are {known}");

@@ -1,11 +1,12 @@
 //! The engine of families that denoise the latent of an autoencoder, as the pipelines of diffusers do. A family adds its [`Network`].
 //!
-//! Read in this order: this file (the engine), [`texts`] (what a control signal says), [`guidance`].
+//! Read in this order: this file (the engine), [`texts`] (what a control signal says), [`guidance`], [`tiles`] (large latents to pictures).
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/`.
 
 mod guidance;
 mod texts;
+pub mod tiles;
 
 use std::{borrow::Cow, collections::BTreeSet, ops::Range, path::Path, sync::Arc};
 
@@ -32,7 +33,7 @@ pub use self::{
     texts::{FilledText, filled_text, pooled, text},
 };
 use crate::{
-    families::Devices,
+    families::Setup,
     networks::LatentSpace,
     noise::Noise,
     samplers::{self, Beginning, Flow, Plan, Sampler, Trajectory},
@@ -134,6 +135,8 @@ struct Engine<N> {
     device: Device,
     /// The network once more, on another device, for the branch without the prompt.
     second: Option<(N, Device)>,
+    /// Pixels of a picture above which it is decoded in tiles.
+    whole: u64,
 }
 
 struct State<C> {
@@ -201,25 +204,25 @@ impl Parts<'_> {
 /// If a file cannot be read, is malformed, or says what is not computed here.
 pub fn load<N: Network>(
     pipeline: &Pipeline,
-    devices: &Devices,
+    setup: &Setup,
     make: impl Fn(&Parts<'_>) -> Result<N, EngineError>,
 ) -> Result<Box<dyn Hand>, EngineError> {
     let config: Config = pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable("the pipeline", e))?;
     let folder = pipeline.folder();
     let scheduler = read_json(&folder.join("scheduler").join("scheduler_config.json"))
         .map_err(|e| unloadable("the scheduler", e))?;
-    let network = make(&Parts { folder, device: &devices.first })?;
+    let network = make(&Parts { folder, device: &setup.first })?;
     let space = pipeline.space(network.width() as u32, config.layers, "none");
     if network.width() != config.width {
         let message = format!("the network reads {}, not states of {} channels", space_name(&space), config.width);
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("hand.config.width").into());
     }
-    let second = match &devices.second {
+    let second = match &setup.second {
         Some(device) => Some((make(&Parts { folder, device })?, device.clone())),
         None => None,
     };
     let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_BATCH, simulated: false };
-    Ok(Box::new(Engine { spec, space, scheduler, network, device: devices.first.clone(), second }))
+    Ok(Box::new(Engine { spec, space, scheduler, network, device: setup.first.clone(), second, whole: setup.whole }))
 }
 
 /// Why a control signal is refused.
@@ -457,7 +460,24 @@ impl<N: Network> Engine<N> {
         let [channels, height, width] = shape;
         let latent = Tensor::from_slice(latent, (1, channels, height, width), &self.device)?;
         let vae = self.network.autoencoder();
-        let picture = on_pool(|| vae.decode(&vae.unscale(&latent.permute((0, 2, 3, 1))?.contiguous()?)?))?;
+        let latent = vae.unscale(&latent.permute((0, 2, 3, 1))?.contiguous()?)?;
+        let pixels = (height * width * vae.factor() * vae.factor()) as u64;
+        let tiled = || on_pool(|| tiles::decode(vae, &latent, vae.tiles())).map_err(EngineError::from);
+        let picture = match tiles::is_large(vae.tiles(), height, width) {
+            true if pixels > self.whole => tiled()?,
+            large => match on_pool(|| vae.decode(&latent)).map_err(EngineError::from) {
+                Err(EngineError::OutOfMemory(message)) if large => {
+                    tracing::warn!(
+                        message,
+                        width,
+                        height,
+                        "too little memory to decode a picture whole; it is decoded in tiles"
+                    );
+                    tiled()?
+                }
+                decoded => decoded?,
+            },
+        };
         let (_, height, width, _) = picture.dims4()?;
         let values: Vec<f32> = picture.flatten_all()?.to_vec1()?;
         let bytes = values.iter().map(|v| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8).collect();

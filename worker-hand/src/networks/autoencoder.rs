@@ -15,6 +15,8 @@ use efferent_worker::{
 };
 use serde::Deserialize;
 
+use crate::latent::tiles::Tiles;
+
 use super::{
     Encoded, LatentSpace,
     blocks::{Norm, Residual},
@@ -52,6 +54,9 @@ pub struct Config {
     /// Whether the middle has an attention.
     #[serde(default = "yes")]
     pub mid_block_add_attention: bool,
+    /// Pixels of the pictures that it was trained with: of a tile, where a picture is made in tiles.
+    #[serde(default)]
+    pub sample_size: SampleSize,
     /// Kinds of the levels; there is one.
     pub down_block_types: Vec<DownBlock>,
     /// Kinds of the levels; there is one.
@@ -62,6 +67,22 @@ pub struct Config {
     /// Deviations of latents, channel by channel: not known here.
     #[serde(default)]
     pub latents_std: Option<Vec<f64>>,
+}
+
+/// Pixels of a side, or of two.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum SampleSize {
+    /// Of both sides.
+    Side(usize),
+    /// Of height and width.
+    Sides(Vec<usize>),
+}
+
+impl Default for SampleSize {
+    fn default() -> Self {
+        Self::Side(32)
+    }
 }
 
 fn scaling_factor() -> f64 {
@@ -319,6 +340,15 @@ impl LatentSpace for Autoencoder {
             }
         }
         self.decoder.finish(&x)
+    }
+
+    fn tiles(&self) -> Tiles {
+        let pixels = match &self.config.sample_size {
+            SampleSize::Side(side) => *side,
+            SampleSize::Sides(sides) => sides.first().copied().unwrap_or(0),
+        };
+        let side = (pixels / self.factor()).max(4);
+        Tiles { side, stride: side * 3 / 4 }
     }
 
     fn encode(&self, picture: &Tensor) -> Result<Encoded> {

@@ -19,6 +19,7 @@ use efferent_worker::{
 use serde::Deserialize;
 
 use super::{Encoded, LatentSpace, blocks::GatedConvolution};
+use crate::latent::tiles::Tiles;
 
 /// A field that is one value for every level, or one for each.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -136,6 +137,8 @@ fn relu() -> Last {
 }
 
 const EPS: f64 = 1e-5;
+/// Pixels of a tile, and from one tile's beginning to the next one's.
+const TILE: (usize, usize) = (512, 448);
 /// Pixels that one becomes, or that become one.
 const FOUR: usize = 4;
 
@@ -507,6 +510,11 @@ impl LatentSpace for DcAutoencoder {
 
     fn factor(&self) -> usize {
         1 << (self.config.encoder_block_out_channels.len() - 1)
+    }
+
+    fn tiles(&self) -> Tiles {
+        let (side, stride) = TILE;
+        Tiles { side: (side / self.factor()).max(2), stride: (stride / self.factor()).max(1) }
     }
 
     fn encode(&self, picture: &Tensor) -> Result<Encoded> {

@@ -15,6 +15,8 @@ pub mod z_image;
 
 use candle_core::{Result, Tensor};
 
+use crate::latent::tiles::Tiles;
+
 /// What an encoder makes of pictures, each (batch, height / factor, width / factor, channels).
 #[derive(Debug)]
 pub struct Encoded {
@@ -37,6 +39,9 @@ pub trait LatentSpace: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// If shapes do not fit.
     fn decode(&self, latent: &Tensor) -> Result<Tensor>;
+
+    /// How its latents are cut where one is too large to be decoded whole.
+    fn tiles(&self) -> Tiles;
 
     /// Pictures (batch, height, width, 3) in [-1, 1] -> latents, not scaled.
     ///

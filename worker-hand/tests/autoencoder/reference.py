@@ -34,6 +34,13 @@ def main():
         likely = model.encode(x).latent_dist
         latent = torch.randn_like(likely.mean)
         golden = {"x": x, "mean": likely.mean, "logvar": likely.logvar, "latent": latent, "picture": model.decode(latent).sample}
+        # Latents of more than a tile along one side, and along both.
+        model.enable_tiling()
+        side = 16 // 2 ** (len(config["block_out_channels"]) - 1)
+        for key, (rows, columns) in {"wide": (side, 2 * side + 1), "large": (2 * side - 1, side + 3)}.items():
+            golden[f"{key}.latent"] = torch.randn(1, config["latent_channels"], rows, columns)
+            golden[f"{key}.picture"] = model.decode(golden[f"{key}.latent"]).sample
+        model.disable_tiling()
         folder = Path(__file__).parent / name
         model.save_pretrained(folder)
         if name == "sd":

@@ -35,6 +35,11 @@ def main():
         encoded = model.encode(x).latent
         latent = torch.randn_like(encoded)
         golden = {"x": x, "encoded": encoded, "latent": latent, "picture": model.decode(latent).sample}
+        # A latent of more than a tile along both sides.
+        model.enable_tiling(16, 16, 12, 12)
+        side = 16 // model.spatial_compression_ratio
+        golden["large.latent"] = torch.randn(1, 4, 2 * side - 1, side + 1)
+        golden["large.picture"] = model.decode(golden["large.latent"]).sample
         folder = Path(__file__).parent / name
         model.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in golden.items()}, folder / "golden.safetensors")

@@ -1,6 +1,6 @@
 //! From what was configured to a brain and a hand.
 
-use std::{path::Path, sync::Arc};
+use std::{num::NonZeroU64, path::Path, sync::Arc};
 
 use candle_core::Device;
 use efferent_brain::families as brains;
@@ -165,13 +165,20 @@ impl Engines {
         }
     }
 
-    /// Builds the hand.
-    pub(crate) fn hand(&self) -> Factory<dyn Hand> {
+    /// Builds the hand. `tile_above`: pixels of a picture above which it is decoded in tiles, 0 for no limit.
+    pub(crate) fn hand(&self, tile_above: u64) -> Factory<dyn Hand> {
         match &self.source {
             Source::Model(pipeline) => {
                 let mut opened = self.held.opened.iter().cloned();
                 let first = opened.next().unwrap_or(Device::Cpu);
-                hands::factory(pipeline, hands::Devices { first, second: opened.next() })
+                hands::factory(
+                    pipeline,
+                    hands::Setup {
+                        first,
+                        second: opened.next(),
+                        whole: NonZeroU64::new(tile_above).map_or(u64::MAX, NonZeroU64::get),
+                    },
+                )
             }
             Source::Sim { hand, .. } => hands::sim::factory(hand.clone()),
         }

@@ -272,7 +272,15 @@ async fn hand(
     shutdown: Shutdown,
 ) -> Result<(), Failure> {
     let options = efferent_hand::Options { activity, ..settings.hand.clone() };
-    let served = efferent_hand::run(options, engines.hand(), engines.devices(), ledger, readiness, shutdown).await;
+    let served = efferent_hand::run(
+        options,
+        engines.hand(settings.hand.tile_above),
+        engines.devices(),
+        ledger,
+        readiness,
+        shutdown,
+    )
+    .await;
     served.map_err(|error| {
         let exit = match &error {
             efferent_hand::Error::Engine(_) => Exit::Config,

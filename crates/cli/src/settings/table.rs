@@ -399,6 +399,13 @@ const LOCAL: &[Setting] = &[
     ),
     setting(
         Group::Hand,
+        "hand.tile_above",
+        "tile-above",
+        "PIXELS",
+        "Pictures of more pixels are decoded in overlapping tiles, which takes less memory; 0 for those alone that memory does not suffice for",
+    ),
+    setting(
+        Group::Hand,
         "hand.profile",
         "profile",
         "FILE",

@@ -32,7 +32,7 @@ use self::{
     network::Network,
     trajectory::{Sampler, Trajectory, schedule},
 };
-use crate::{families::Devices, noise::randn};
+use crate::{families::Setup, noise::randn};
 
 /// Channels of the latent.
 const CHANNELS: usize = 16;
@@ -88,7 +88,7 @@ struct State {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
-pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
+pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineError> {
     let unloadable =
         |source: Box<dyn std::error::Error + Send + Sync>| EngineError::compute("cannot load the hand", source);
     let config: Config = pipeline.config("hand", &pipeline.hand().config).map_err(|e| unloadable(e.into()))?;
@@ -120,9 +120,9 @@ pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, Eng
         weights.finish().map_err(|e| unloadable(e.into()))?;
         Ok::<_, EngineError>((network, decoder))
     };
-    let device = devices.first.clone();
+    let device = setup.first.clone();
     let (network, decoder) = parts(&device)?;
-    let second = match &devices.second {
+    let second = match &setup.second {
         Some(device) => Some((parts(device)?.0, device.clone())),
         None => None,
     };

@@ -14,7 +14,7 @@ use efferent_worker::{
 };
 
 use crate::{
-    families::Devices,
+    families::Setup,
     latent::{self, Branches, FilledText, Network, Question, Shape},
     networks::{LatentSpace, dc_autoencoder::DcAutoencoder, sana::Sana as Transformer},
 };
@@ -40,8 +40,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, devices, |parts| {
+pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, setup, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| DcAutoencoder::new(vae, weights))?;

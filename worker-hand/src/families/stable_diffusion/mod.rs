@@ -12,7 +12,7 @@ use efferent_worker::{
 };
 
 use crate::{
-    families::Devices,
+    families::Setup,
     latent::{self, Branches, Network, Question, Shape, guide, guided, rescaled},
     networks::{
         LatentSpace,
@@ -45,8 +45,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, devices: &Devices) -> Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, devices, |parts| {
+pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, setup, |parts| {
         // Configurations first: they are told to be wrong at once, weights take a while to read.
         let (unet, vae) = (parts.config("unet")?, parts.config("vae")?);
         let unet = parts.load("unet", |weights| Unet::new(unet, weights))?;

@@ -13,7 +13,7 @@ use efferent_worker::{
 };
 
 use crate::{
-    families::Devices,
+    families::Setup,
     latent::{self, Branches, Network, Question, Shape, guide, guided},
     networks::{LatentSpace, autoencoder::Autoencoder, sd3::Sd3},
     samplers::{self, Flow},
@@ -39,8 +39,8 @@ struct Condition {
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or says what is not computed here.
-pub fn load(pipeline: &Pipeline, devices: &Devices) -> std::result::Result<Box<dyn Hand>, EngineError> {
-    latent::load(pipeline, devices, |parts| {
+pub fn load(pipeline: &Pipeline, setup: &Setup) -> std::result::Result<Box<dyn Hand>, EngineError> {
+    latent::load(pipeline, setup, |parts| {
         let (transformer, vae) = (parts.config("transformer")?, parts.config("vae")?);
         let transformer = parts.load("transformer", |weights| Sd3::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
