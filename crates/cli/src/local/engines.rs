@@ -19,7 +19,7 @@ use crate::{
     exit::{Exit, Failure},
     local::{
         devices::{self, Held},
-        fetch, inspect, locate,
+        download, fetch, inspect, locate,
     },
     output,
     settings::Settings,
@@ -91,7 +91,7 @@ impl Engines {
             };
             return Ok(Self { source: Source::Sim { brain, hand }, held });
         }
-        let pipeline = open(model, &local.models)?;
+        let pipeline = open_or_fetch(settings, model)?;
         Ok(Self { source: Source::Model(Box::new(pipeline)), held })
     }
 
@@ -192,6 +192,22 @@ impl Engines {
 pub(crate) fn open(model: &str, shelves: &str) -> Result<Pipeline, Failure> {
     let folder = locate::find(model, &locate::shelves(shelves))?;
     Pipeline::open(&folder).map_err(|error| Failure::new(Exit::Config, error))
+}
+
+/// The same, fetched from the hub if it is there and not here. Blocks.
+///
+/// # Errors
+/// As [`open`], and if it cannot be fetched.
+pub(crate) fn open_or_fetch(settings: &Settings, model: &str) -> Result<Pipeline, Failure> {
+    let local = &settings.local;
+    match locate::find(model, &locate::shelves(&local.models)) {
+        Ok(folder) => Pipeline::open(&folder).map_err(|error| Failure::new(Exit::Config, error)),
+        Err(failure) => {
+            let Some(id) = locate::of_hub(model).filter(|_| !local.offline) else { return Err(failure) };
+            let folder = download::download(&id, &local.python, &local.home)?;
+            Pipeline::open(&folder).map_err(|error| Failure::new(Exit::Config, error))
+        }
+    }
 }
 
 /// Fetches a model's brain, or finds its weights right, telling a person how far it is. Blocks.

@@ -28,6 +28,16 @@ impl<'a> Id<'a> {
         (plain(owner) && plain(name) && named).then_some(Self { owner, name, revision })
     }
 
+    /// OWNER/NAME
+    pub(crate) fn repository(&self) -> String {
+        format!("{}/{}", self.owner, self.name)
+    }
+
+    /// A branch, a tag or a commit.
+    pub(crate) fn revision(&self) -> &str {
+        self.revision
+    }
+
     /// Its folder in a cache, if it is there.
     pub(crate) fn find(&self, cache: &Path) -> Option<PathBuf> {
         let Self { owner, name, revision } = self;
@@ -37,6 +47,13 @@ impl<'a> Id<'a> {
         // A reference is a file that anyone may have written.
         let snapshot = Some(commit).filter(|commit| commit.chars().all(|c| c.is_ascii_alphanumeric()))?;
         Some(folder.join("snapshots").join(snapshot)).filter(|folder| folder.is_dir())
+    }
+}
+
+impl std::fmt::Display for Id<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.owner, self.name)?;
+        if self.revision == USUAL { Ok(()) } else { write!(f, "@{}", self.revision) }
     }
 }
 

@@ -49,9 +49,8 @@ pub(crate) fn find(model: &str, shelves: &[PathBuf]) -> Result<PathBuf, Failure>
         }
         if !places.iter().any(|place| place.exists()) {
             let cache = cache.display();
-            let command = model.replacen('@', " --revision ", 1);
             let message = format!(
-                "{model} is neither a folder nor in the download cache {cache}; `hf download {command}` fetches it"
+                "{model} is neither a folder nor in the download cache {cache}; `efferent models fetch {model}` fetches it from the hub"
             );
             return Err(Failure::words(Exit::Config, message));
         }
@@ -59,6 +58,11 @@ pub(crate) fn find(model: &str, shelves: &[PathBuf]) -> Result<PathBuf, Failure>
     let looked: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
     let message = format!("no model folder {model:?} (with a {MANIFEST} or {INDEX}); looked at {}", looked.join(", "));
     Err(Failure::words(Exit::Config, message))
+}
+
+/// The model of the hub that a name stands for, where it stands for nothing on this machine.
+pub(crate) fn of_hub(model: &str) -> Option<hub::Id<'_>> {
+    hub::Id::read(model).filter(|_| !Path::new(model).exists())
 }
 
 /// Every model folder on the shelves; of several with one name the first, which is the one that is found.
@@ -96,6 +100,6 @@ mod tests {
         assert_eq!(all(&shelves), [folder]);
         assert!(find("/nowhere/mine", &shelves).is_err());
         let Err(Failure::Told { error, .. }) = find("nobody/nothing@v1", &shelves) else { panic!("it is not there") };
-        assert!(error.to_string().contains("`hf download nobody/nothing --revision v1` fetches it"), "{error}");
+        assert!(error.to_string().contains("`efferent models fetch nobody/nothing@v1` fetches it"), "{error}");
     }
 }

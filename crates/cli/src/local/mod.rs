@@ -1,10 +1,11 @@
 //! What runs in this process: servers, workers, and `generate` without a server.
 //!
-//! Read in this order: [`locate`] (where model folders are), [`hub`] (those that the tools of the hub downloaded), [`fetch`] (the brain's weights), [`devices`] (what is computed on), [`engines`] (from model folder to brain
+//! Read in this order: [`locate`] (where model folders are), [`hub`] (those of Hugging Face's hub), [`download`] (which are not here yet), [`fetch`] (the brain's weights), [`devices`] (what is computed on), [`engines`] (from model folder to brain
 //! and hand), [`serve`] (`up`, `coordinator`, `brain`, `hand`), [`private`] (`generate` on a queue of its own), [`models`] and [`inspect`] (the
 //! commands on model folders).
 
 pub(crate) mod devices;
+pub(crate) mod download;
 pub(crate) mod engines;
 pub(crate) mod fetch;
 pub(crate) mod hub;

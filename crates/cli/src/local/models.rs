@@ -69,7 +69,7 @@ pub(crate) fn fetch(settings: &Settings, name: Option<&str>) -> Result<(), Failu
         output::note("simulated engines have no weights");
         return Ok(());
     }
-    let pipeline = engines::open(name, &settings.local.models)?;
+    let pipeline = engines::open_or_fetch(settings, name)?;
     if engines::fetch_weights(&pipeline, settings)? == Fetched::Present {
         output::note("the weights are there and right");
     }
