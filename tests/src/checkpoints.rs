@@ -5,7 +5,10 @@ use std::{
     sync::Arc,
 };
 
-use candle_core::{Device, Tensor};
+use candle_core::{
+    Device, Tensor,
+    quantized::{GgmlDType, QTensor, gguf_file},
+};
 use efferent_brain::families as brains;
 use efferent_hand::{
     families as hands,
@@ -194,4 +197,53 @@ pub fn begun(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<E
         compare(hand, &golden, key, &request, &mut errors);
     }
     Some(errors)
+}
+
+/// Writes the language model of a folder as one file of GGUF, as its converter does, in place of its safetensors.
+pub fn to_gguf(folder: &Path, architecture: &str) {
+    const NAMES: [(&str, &str); 13] = [
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+        ("input_layernorm", "attn_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
+        ("post_attention_layernorm", "post_attention_norm"),
+    ];
+    let gemma = architecture == "gemma2";
+    let path = folder.join("model.safetensors");
+    let name = |name: &str| {
+        let name = name.trim_start_matches("model.");
+        let Some(rest) = name.strip_prefix("layers.") else {
+            let known = [("embed_tokens.weight", "token_embd.weight"), ("norm.weight", "output_norm.weight")];
+            return known.into_iter().find(|(old, _)| *old == name).map(|(_, new)| new.to_owned());
+        };
+        let (layer, part) = rest.split_once('.')?;
+        let (part, kind) = part.rsplit_once('.')?;
+        let (_, new) = NAMES.into_iter().find(|(old, _)| *old == part)?;
+        // Without norms of what comes out, the norm before the MLP has that name.
+        let new = if new == "post_attention_norm" && !gemma { "ffn_norm" } else { new };
+        Some(format!("blk.{layer}.{new}.{kind}"))
+    };
+    let tensors = candle_core::safetensors::load(&path, &Device::Cpu).expect("is there");
+    let tensors: Vec<(String, QTensor)> = tensors
+        .iter()
+        .filter_map(|(old, tensor)| {
+            let new = name(old)?;
+            let tensor =
+                if gemma && new.ends_with("norm.weight") { (tensor + 1.0).expect("is there") } else { tensor.clone() };
+            Some((new, QTensor::quantize(&tensor, GgmlDType::F32).expect("is there")))
+        })
+        .collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let architecture = gguf_file::Value::String(architecture.to_owned());
+    let mut file = std::fs::File::create(folder.join("weights.gguf")).expect("is there");
+    gguf_file::write(&mut file, &[("general.architecture", &architecture)], &tensors).expect("is there");
+    std::fs::remove_file(path).expect("is there");
 }

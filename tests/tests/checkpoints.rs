@@ -20,7 +20,7 @@ use efferent_tests::{
     calls::{all, generate, job, kind, request, until},
     checkpoints::{
         Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, begun, compare, device, difference, embed, folder, open,
-        open_on_two, steps_apart,
+        open_on_two, steps_apart, to_gguf,
     },
     local::Cluster,
     processes::{self, connect},
@@ -330,8 +330,24 @@ fn what_is_declared_is_what_engines_announce() {
     assert!(signal::space_name(&shipped).starts_with("pictogram/256/queries16@24/rms#"));
 }
 
-/// Copies a checkpoint, and changes it.
-fn damaged(name: &str, change: impl Fn(&Path)) -> String {
+#[test]
+fn a_language_model_is_read_from_gguf() {
+    for (name, architecture) in [("z-image", "qwen3"), ("sana", "gemma2")] {
+        let (_, mut brain, _) = open(name);
+        let root = copied(name);
+        to_gguf(&root.path().join("text_encoder"), architecture);
+        let pipeline = Pipeline::open(root.path()).unwrap();
+        let mut from_gguf = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])().unwrap();
+        let states = |brain: &mut dyn Brain| embed(brain, PROMPTS[1], NEGATIVE).streams.clone();
+        assert_eq!(states(&mut *from_gguf), states(&mut *brain), "{name}");
+        assert!(pipeline.stored().unwrap().iter().any(|part| part.files[0].ends_with("weights.gguf")));
+    }
+    let told = damaged("z-image", |root| to_gguf(&root.join("text_encoder"), "llama"));
+    assert!(told.contains("architecture \"llama\", config.json of \"qwen3\""), "{told}");
+}
+
+/// A copy of a checkpoint.
+fn copied(name: &str) -> tempfile::TempDir {
     fn copy(from: &Path, to: &Path) {
         std::fs::create_dir_all(to).unwrap();
         for entry in std::fs::read_dir(from).unwrap() {
@@ -345,6 +361,12 @@ fn damaged(name: &str, change: impl Fn(&Path)) -> String {
     }
     let root = tempfile::tempdir().unwrap();
     copy(&folder(name), root.path());
+    root
+}
+
+/// Copies a checkpoint, changes it, and tells why it cannot be used.
+fn damaged(name: &str, change: impl Fn(&Path)) -> String {
+    let root = copied(name);
     change(root.path());
     let pipeline = match Pipeline::open(root.path()) {
         Ok(pipeline) => pipeline,

@@ -1,15 +1,16 @@
 //! A decoder language model from a folder as transformers saves it, alone or as the language half of a model that also sees.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use efferent_proto::{ApiError, v1::ErrorCode};
 use efferent_worker::{
     engine::EngineError,
-    nn::decoder::{Config, Decoder, Naming, published},
+    nn::decoder::{Config, Decoder, Naming, RotaryPairs, published},
     pipeline::{diffusers, read_json},
-    weights::{self, Weights},
+    weights::{self, Gguf, Weights},
 };
+use serde_json::{Map, Value};
 
 use crate::families::unloadable;
 
@@ -23,19 +24,46 @@ pub fn load(folder: &Path, largest: usize, devices: &[Device]) -> Result<Decoder
     let fields = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
     let config = Config::published(&fields).map_err(|e| unloadable(e.into()))?;
     check_vocabulary(&name, config.vocabulary, largest)?;
-    let (files, _) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
-    let names = weights::names(&files).map_err(|e| unloadable(e.into()))?;
+    let (files, variant) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
+    let decoder = match (&files[..], variant) {
+        ([file], diffusers::GGUF) => from_gguf(file, config, &fields, devices),
+        _ => from_safetensors(&files, config, devices),
+    };
+    decoder.and_then(|decoder| Ok(decoder.spread(devices)?)).map_err(unloadable)
+}
+
+type Loading = Result<Decoder, Box<dyn std::error::Error + Send + Sync>>;
+
+fn from_safetensors(files: &[PathBuf], config: Config, devices: &[Device]) -> Loading {
+    let names = weights::names(files)?;
     // Without any embeddings, what is missing is told below, by the usual names.
     let prefix = published::prefix(names.iter().map(String::as_str)).unwrap_or("model.");
     let alone = prefix == "model." || prefix.is_empty();
     // What predicts tokens is not read, nor is what sees.
     let wanted =
         |tensor: &str| tensor.starts_with(prefix) && tensor != "lm_head.weight" && !is_of_another(tensor, alone);
-    let mut tensors = Weights::open_some(&files, loading(devices), wanted).map_err(|e| unloadable(e.into()))?;
+    let mut tensors = Weights::open_some(files, loading(devices), wanted)?;
     tensors.rename(|tensor| format!("model.{}", tensor.strip_prefix(prefix).unwrap_or(tensor)));
-    let decoder = Decoder::new(config, Naming::Transformers, &mut tensors).map_err(|e| unloadable(e.into()))?;
-    tensors.finish().map_err(|e| unloadable(e.into()))?;
-    decoder.spread(devices).map_err(|e| unloadable(e.into()))
+    let decoder = Decoder::new(config, Naming::Transformers, &mut tensors)?;
+    tensors.finish()?;
+    Ok(decoder)
+}
+
+/// From one file of GGUF, dequantised: it takes less room on the disk, not in memory.
+fn from_gguf(file: &Path, config: Config, fields: &Map<String, Value>, devices: &[Device]) -> Loading {
+    let file = Gguf::open(file)?;
+    let architecture = file.metadata().get("general.architecture").and_then(|value| value.to_string().ok()).cloned();
+    let architecture = architecture.unwrap_or_default();
+    let wanted = published::gguf_architecture(fields);
+    if architecture != wanted {
+        return Err(format!("the GGUF file is of architecture {architecture:?}, config.json of {wanted:?}").into());
+    }
+    let pairs = if wanted == "llama" { RotaryPairs::Neighbours } else { config.rotary_pairs };
+    let config = Config { rotary_pairs: pairs, ..config };
+    let mut tensors = Weights::from_gguf(&file, loading(devices), |name| Naming::Gguf.wants(name, config.layers))?;
+    let decoder = Decoder::new(config, Naming::Gguf, &mut tensors)?;
+    tensors.finish()?;
+    Ok(decoder)
 }
 
 /// Where weights are read to, that are then shared out over these devices: not all need fit on the first.

@@ -46,6 +46,11 @@ impl Measure {
 /// # Errors
 /// If a file cannot be read, or is malformed.
 pub fn measure(paths: &[PathBuf]) -> Result<Measure, Error> {
+    if let [only] = paths
+        && only.extension().is_some_and(|kind| kind == "gguf")
+    {
+        return Ok(super::Gguf::open(only)?.measure());
+    }
     measure_some(paths, &|_| true)
 }
 

@@ -108,6 +108,16 @@ impl Config {
     }
 }
 
+/// What GGUF calls the architecture of a configuration.
+pub fn gguf_architecture(fields: &Map<String, Value>) -> &str {
+    let half = HALVES.into_iter().find_map(|half| fields.get(half)?.as_object()).unwrap_or(fields);
+    match half.get("model_type").and_then(Value::as_str).unwrap_or_default() {
+        "mistral" => "llama",
+        "qwen2_5_vl_text" => "qwen2vl",
+        kind => kind,
+    }
+}
+
 /// A `rope_scaling` that scales nothing: Qwen2.5-VL's only divides channels among positions that are the same for text.
 fn is_plain_rope(value: &Value) -> bool {
     let kinds = ["type", "rope_type"].into_iter().filter_map(|field| value.get(field)?.as_str());

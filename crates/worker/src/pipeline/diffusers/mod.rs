@@ -186,7 +186,10 @@ struct Shards {
     weight_map: BTreeMap<String, String>,
 }
 
-/// The safetensors files of a part, and the variant that they are (empty for the whole). The whole is preferred.
+/// What a variant is called that is one GGUF file.
+pub const GGUF: &str = "gguf";
+
+/// The safetensors files of a part, and the variant that they are (empty for the whole). The whole is preferred; where there are none, a single GGUF file counts, of whatever name.
 ///
 /// # Errors
 /// If there are none, or an index is malformed.
@@ -210,10 +213,15 @@ pub fn weights(part: &Path) -> Result<(Vec<PathBuf>, &'static str), Error> {
             looked.push(whole);
         }
     }
+    let entries = std::fs::read_dir(part).into_iter().flatten().flatten().map(|entry| entry.path());
+    let gguf: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|kind| kind == GGUF)).collect();
+    if gguf.len() == 1 {
+        return Ok((gguf, GGUF));
+    }
     let names: Vec<_> = looked.iter().filter_map(|path| path.file_name()?.to_str()).collect();
     Err(Error::Malformed {
         path: part.to_owned(),
-        what: format!("no weights; looked for {} and their shards", names.join(", ")),
+        what: format!("no weights; looked for {}, their shards, and one file of GGUF", names.join(", ")),
     })
 }
 
