@@ -10,6 +10,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
 use candle_core::{DType, Device, Tensor, quantized::gguf_file};
@@ -109,9 +110,11 @@ impl Weights {
     pub fn open_some(paths: &[PathBuf], device: &Device, wanted: impl Fn(&str) -> bool + Sync) -> Result<Self, Error> {
         let mut tensors = BTreeMap::new();
         let first = paths.first().map_or(Path::new(""), |path| path);
+        let measure = stored::measure_some(paths, &wanted)?;
         if device.is_cpu() {
-            check_room(first, stored::measure_some(paths, &wanted)?.memory(), memory::available())?;
+            check_room(first, measure.memory(), memory::available())?;
         }
+        ASKED.fetch_add(measure.bytes, Relaxed);
         for path in paths {
             for (name, tensor) in stored::read(path, device, &wanted)? {
                 if tensors.insert(name.clone(), tensor).is_some() {
@@ -229,6 +232,15 @@ impl Weights {
             false => Err(Error::Mismatch { path: self.path, differences: self.differences }),
         }
     }
+}
+
+/// Bytes of safetensors that this process was asked to read so far, and has read.
+static ASKED: AtomicU64 = AtomicU64::new(0);
+static READ: AtomicU64 = AtomicU64::new(0);
+
+/// How much of the weights that this process was asked for so far is read: bytes, and bytes in all.
+pub fn loaded() -> (u64, u64) {
+    (READ.load(Relaxed), ASKED.load(Relaxed))
 }
 
 fn check_room(path: &Path, needed: u64, available: Option<u64>) -> Result<(), Error> {

@@ -45,7 +45,12 @@ pub(crate) async fn run(
     services.brain(&settings.local, &engines);
     services.hand(&settings.local, &engines);
     let mut server = Server::parse(&address.to_string())?;
-    services.ready().await?;
+    let loading = |(read, all): (u64, u64)| {
+        if read < all {
+            progress.stage(format!("loading the model, {} % of {:.1} GB", read * 100 / all, all as f64 / 1e9));
+        }
+    };
+    services.ready(loading).await?;
     tokio::select! {
         live = live(&mut server, engines.name()) => live?,
         failure = services.broken() => return Err(failure),

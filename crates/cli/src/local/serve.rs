@@ -1,6 +1,12 @@
 //! `up`, `coordinator`, `brain`, `hand`: services on a bus, until they are told to stop.
 
-use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use efferent_bus::{SharedBus, embedded::Embedded, ledger::Ledger, nats::Nats};
 use efferent_proto::{names, v1::WorkerRole};
@@ -12,6 +18,7 @@ use efferent_service::{
 use efferent_worker::{
     lifecycle::Activity,
     roster::{self, Candidate, Serve},
+    weights::loaded,
 };
 use tokio::{
     io::AsyncReadExt as _,
@@ -26,6 +33,8 @@ use crate::{
     settings::{Local, Settings},
 };
 
+/// How often the log tells how much of the weights is read.
+const LOADING_TOLD: Duration = Duration::from_secs(5);
 /// How often to look whether every service is ready.
 const READY_POLL: Duration = Duration::from_millis(5);
 /// How long to wait for a NATS server that is not there yet.
@@ -190,13 +199,19 @@ impl Services {
         Readiness::all(self.readiness.clone())
     }
 
-    /// Waits until every service takes work; false if they were told to stop before.
+    /// Waits until every service takes work; false if they were told to stop before. `progress` is told bytes of weights that are read, and of all.
     ///
     /// # Errors
     /// If one fails.
-    pub(crate) async fn ready(&mut self) -> Result<bool, Failure> {
-        let readiness = self.readiness();
+    pub(crate) async fn ready(&mut self, progress: impl Fn((u64, u64))) -> Result<bool, Failure> {
+        let (readiness, mut told) = (self.readiness(), Instant::now());
         while !readiness.get() {
+            if told.elapsed() > LOADING_TOLD {
+                told = Instant::now();
+                let (read, all) = loaded();
+                tracing::info!(read, all, "loading weights");
+            }
+            progress(loaded());
             tokio::select! {
                 () = tokio::time::sleep(READY_POLL) => {}
                 () = self.shutdown.requested() => return Ok(false),
@@ -391,7 +406,7 @@ pub(crate) async fn run_until(
         ready.push(format!("ready  admin  http://{}/readyz, /healthz, /metrics", address_of(&listener)));
         serve_admin(listener, services.readiness(), bus, telemetry)
     });
-    let outcome = match services.ready().await {
+    let outcome = match services.ready(|_| {}).await {
         Ok(true) => {
             if role == Role::Up {
                 let server = ready[0].rsplit(' ').next().unwrap_or_default();

@@ -131,6 +131,7 @@ pub(super) fn read(path: &Path, device: &Device, wanted: Wanted<'_>) -> Result<B
         let (begin, end) = info.data_offsets;
         let bytes = part(path, header.start + begin as u64, end - begin)
             .map_err(|source| Error::Read { path: path.to_owned(), source })?;
+        super::READ.fetch_add(bytes.len() as u64, super::Relaxed);
         let values = floats(info.dtype, &bytes).ok_or_else(|| {
             malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", info.dtype))
         })?;
