@@ -53,7 +53,7 @@ fn wanted(model: &str, seed: u64) -> GenerateRequest {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn models_take_turns_in_memory_that_holds_one_of_them() {
+async fn models_take_turns_in_memory_that_does_not_hold_them_all() {
     let cluster = Cluster::start(&[]);
     let largest = MODELS.map(memory).into_iter().max().expect("three");
     let brain = worker(&cluster, "brain", 0).expect("starts");
@@ -73,7 +73,7 @@ async fn models_take_turns_in_memory_that_holds_one_of_them() {
     };
     tokio::time::timeout(PATIENCE, offered).await.expect("all models are offered");
     assert_eq!(hand.counter("efferent_models_loaded_total"), 0);
-    // All at once, twice over, though one at a time fits.
+    // All at once, twice over, though the largest fits only alone.
     for round in 0..2 {
         let ends = MODELS.into_iter().flat_map(|model| [(model, 1), (model, 2)]).map(|(model, seed)| {
             let mut client = client.clone();
@@ -86,7 +86,7 @@ async fn models_take_turns_in_memory_that_holds_one_of_them() {
     }
     let (loaded, unloaded) =
         (hand.counter("efferent_models_loaded_total"), hand.counter("efferent_models_unloaded_total"));
-    assert!(loaded >= 5 && unloaded + 1 == loaded, "{loaded} loaded, {unloaded} let go of");
+    assert!(loaded >= 4 && (1..=2).contains(&(loaded - unloaded)), "{loaded} loaded, {unloaded} let go of");
     assert_eq!(brain.counter("efferent_models_loaded_total"), 3, "its memory holds all");
     let workers = about.list_workers(ListWorkersRequest {}).await.expect("workers").into_inner().workers;
     let count = |role, state| workers.iter().filter(|w| w.role() == role && w.state() == state).count();
