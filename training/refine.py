@@ -75,14 +75,14 @@ def encoder(folder, language, parts, seconds, log):
     return model
 
 
-def captions(folder, language, count, log):
+def captions(folder, language, count, more, log):
     """Scenes with captions and their token states, cached."""
     path = folder / "refine.pt"
     if path.exists():
         return torch.load(path, weights_only=False)
     rng = random.Random(22)
     made = [scenes.colorful(rng, COLORED) for _ in range(count)]
-    return read(language, path, made, [scenes.caption(s, rng, WORDING) for s in made], log)
+    return read(language, path, made, [scenes.caption(s, rng, WORDING, more) for s in made], log)
 
 
 def latents(folder, model, data, mean, std, log):
@@ -171,6 +171,7 @@ def main():
     parser.add_argument("--encoder-minutes", type=float, default=8)
     parser.add_argument("--minutes", type=float, default=60, help="connector and hand")
     parser.add_argument("--captions", type=int, default=14000)
+    parser.add_argument("--more-words", action="store_true", help="captions in the words of more-words.txt as well")
     parser.add_argument("--word-minutes", type=float, default=10, help="more words for the connector, at last")
     parser.add_argument("--word-captions", type=int, default=9000)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -187,7 +188,7 @@ def main():
 
     language, parts = Language(packages.gguf()), load(options.model)
     model = encoder(options.folder, language, parts, options.encoder_minutes * 60, log)
-    data = captions(options.folder, language, options.captions, log)
+    data = captions(options.folder, language, options.captions, options.more_words, log)
     seen = latents(options.folder, model, data, *parts[3:], log)
     train(options.folder, parts, data, seen, options.minutes * 60, log)
     decoder = options.folder / "autoencoder.pt"

@@ -33,7 +33,8 @@ struct Way {
     client: Client,
     times: Vec<Duration>,
     _cluster: Cluster,
-    _processes: [Process; 3],
+    hand: Process,
+    _others: [Process; 2],
 }
 
 impl Way {
@@ -44,19 +45,14 @@ impl Way {
         let (brain, _) = cluster.role("brain", &flags);
         let (hand, _) = cluster.role("hand", &[]);
         let (coordinator, url) = cluster.coordinator();
-        Self {
-            client: connect(&url).await,
-            times: Vec::new(),
-            _cluster: cluster,
-            _processes: [brain, hand, coordinator],
-        }
+        Self { client: connect(&url).await, times: Vec::new(), _cluster: cluster, hand, _others: [brain, coordinator] }
     }
 }
 
 #[tokio::main]
 async fn main() {
     println!("{} requests each, one after the other, in turns of {PER_ROUND}; milliseconds", ROUNDS * PER_ROUND);
-    println!("{:24} {:>8} {:>8} {:>12}", "", "p50", "p99", "on top, p50");
+    println!("{:24} {:>8} {:>8} {:>12} {:>18}", "", "p50", "p99", "on top, p50", "hand's fetch, mean");
     let mut ways = Vec::new();
     for (_, bytes, flags) in WAYS {
         ways.push(Way::start(bytes, flags).await);
@@ -83,6 +79,8 @@ async fn main() {
         way.times.sort_unstable();
         let at = |share: usize| ms(way.times[(way.times.len() * share / 100).min(way.times.len() - 1)]);
         let least = *least.get_or_insert(at(50));
-        println!("{name:24} {:8.2} {:8.2} {:12.2}", at(50), at(99), at(50) - least);
+        let fetch =
+            way.hand.mean("efferent_hand_signal_seconds").map_or_else(String::new, |s| format!("{:.2}", s * 1e3));
+        println!("{name:24} {:8.2} {:8.2} {:12.2} {fetch:>18}", at(50), at(99), at(50) - least);
     }
 }

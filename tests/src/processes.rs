@@ -81,6 +81,19 @@ impl Process {
         values.filter_map(|value| value.parse::<f64>().ok()).sum::<f64>() as u64
     }
 
+    /// The mean of a histogram of its, over all labels; none if nothing was told.
+    pub fn mean(&self, name: &str) -> Option<f64> {
+        let metrics = self.metrics().unwrap_or_default();
+        let sum = |suffix: &str| -> f64 {
+            let name = format!("{name}_{suffix}");
+            let values =
+                metrics.lines().filter(|line| line.starts_with(&name)).filter_map(|line| line.rsplit(' ').next());
+            values.filter_map(|value| value.parse::<f64>().ok()).sum()
+        };
+        let count = sum("count");
+        (count > 0.0).then(|| sum("sum") / count)
+    }
+
     fn metrics(&self) -> std::io::Result<String> {
         let address = self.admin.as_ref().ok_or(std::io::ErrorKind::NotFound)?;
         let mut stream = TcpStream::connect(address)?;

@@ -102,7 +102,6 @@ impl Shelf {
             .http2_keepalive_interval(Some(Duration::from_secs(30)))
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
-            .max_frame_size(CHUNK as u32)
             .add_service(SignalTransferServer::new(Transfer(signals.clone())))
             .serve_with_incoming(incoming);
         let server = tokio::spawn(async move {

@@ -60,12 +60,15 @@ pub fn check_space(signal: &ControlSignal, accepted: &ControlSpace) -> Result<()
 pub fn stream(role: StreamRole, branch: Branch, states: &Tensor) -> candle_core::Result<ControlStream> {
     let (tokens, width) = states.dims2()?;
     let values = states.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    // As a plain copy: signals may have millions of values.
+    let mut bytes = vec![0; 4 * values.len()];
+    bytes.as_chunks_mut::<4>().0.iter_mut().zip(&values).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
     Ok(ControlStream {
         role: role.into(),
         branch: branch.into(),
         tokens: tokens as u32,
         width: width as u32,
-        values: values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>().into(),
+        values: bytes.into(),
         dtype: WireDType::F32.into(),
         ..Default::default()
     })

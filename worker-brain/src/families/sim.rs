@@ -87,9 +87,9 @@ fn embed(request: &EmbedRequest, bytes: usize) -> Result<ControlSignal, EngineEr
     let mut streams = vec![signal::stream(StreamRole::Query, Branch::Conditional, &states)?];
     if bytes > 0 {
         // Different for each prompt, as those of a brain are.
-        let values = (0..).map(|index: u32| f32::from(hash.as_bytes()[index as usize % 32]) + index as f32);
+        let row: Vec<f32> = (0..BALLAST).map(|index| f32::from(hash.as_bytes()[index % 32])).collect();
         let tokens = bytes.div_ceil(4 * BALLAST);
-        let ballast = Tensor::from_iter(values.take(tokens * BALLAST), &Device::Cpu)?.reshape((tokens, BALLAST))?;
+        let ballast = Tensor::from_vec(row.repeat(tokens), (tokens, BALLAST), &Device::Cpu)?;
         streams.push(signal::stream(StreamRole::Text, Branch::Conditional, &ballast)?);
     }
     Ok(ControlSignal {
