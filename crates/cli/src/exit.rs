@@ -118,6 +118,7 @@ impl Failure {
     }
 
     /// Why, if it has this exit code.
+    #[cfg(feature = "local")]
     pub(crate) fn why(&self, code: Exit) -> Option<String> {
         match self {
             Self::Told { exit, error } if *exit == code => Some(sentence(error)),
