@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use efferent_bus::{
-    Bucket, Delivery, MAX_MESSAGE, NewTask,
+    Bucket, Delivery, MAX_MESSAGE, NewTask, Published,
     ledger::{self, Ledger, Transition},
 };
 use efferent_proto::{
@@ -354,34 +354,36 @@ impl Worker {
         let started = Instant::now();
         let request = task.request.clone().unwrap_or_default();
         let queue = names::hand_queue(&record.model.as_ref().unwrap_or(&Model::default()).hand, request.lane());
+        // Whether a task was in the queue already, of an attempt before. (By the number of the delivery alone it cannot be known: a server that was killed may count anew.)
         let send = async |signal: hand_task::Signal| {
             let tasks = self.ledger.hand_tasks(&record, &signal, &held.trace().headers());
             let published = join_all(tasks.into_iter().map(|task| self.publish_when_room(&queue, task, &held))).await;
-            published.into_iter().collect::<efferent_bus::Result<()>>()
+            let published = published.into_iter().collect::<efferent_bus::Result<Vec<_>>>()?;
+            Ok::<_, efferent_bus::Error>(published.contains(&Some(Published::Duplicate)))
         };
         let (small, first) = (signal.encoded_len() <= self.inline_bytes, held.attempt() == 1);
-        if small && first {
-            send(hand_task::Signal::Inline(signal.as_ref().clone())).await?;
-        } else {
+        let again =
+            if small && first { send(hand_task::Signal::Inline(signal.as_ref().clone())).await? } else { false };
+        if !small || !first || again {
             let encoded = Bytes::from(signal.encode_to_vec());
             let hash = blake3::hash(&encoded).to_hex().to_string();
             let retention = Some(self.ledger.options().retention);
             let store = || held.patiently(|| self.ledger.bus().put_object(encoded.clone(), retention));
-            match self.shelf.as_ref().filter(|_| first) {
+            let again = match self.shelf.as_ref().filter(|_| !small && first) {
                 Some(shelf) => {
                     let address = shelf.put(hash.clone(), encoded.clone());
-                    let served = hand_task::Signal::Served(ServedSignal { hash, address });
+                    let served = hand_task::Signal::Served(ServedSignal { hash: hash.clone(), address });
                     let (stored, sent) = tokio::join!(store(), send(served));
                     stored?;
-                    sent?;
+                    sent?
                 }
                 None => {
                     store().await?;
-                    if !first {
-                        self.replace(&task.job_id, &hash, &held).await?;
-                    }
-                    send(hand_task::Signal::Stored(hash)).await?;
+                    again || send(hand_task::Signal::Stored(hash.clone())).await?
                 }
+            };
+            if !first || again {
+                self.replace(&task.job_id, &hash, &held).await?;
             }
         }
         metrics::histogram!("efferent_brain_publish_seconds").record(started.elapsed().as_secs_f64());
@@ -402,14 +404,20 @@ impl Worker {
     }
 
     /// Publishes, waiting for room in the queue for as long as the job is wanted.
-    async fn publish_when_room(&self, queue: &str, task: NewTask, held: &Held) -> efferent_bus::Result<()> {
+    /// `None` if it is no longer.
+    async fn publish_when_room(
+        &self,
+        queue: &str,
+        task: NewTask,
+        held: &Held,
+    ) -> efferent_bus::Result<Option<Published>> {
         loop {
             match held.patiently(|| self.ledger.bus().publish(queue, task.clone())).await {
                 Err(efferent_bus::Error::Full { .. }) if !held.is_unwanted() => {
                     tokio::time::sleep(Duration::from_millis(500)).await
                 }
-                Err(efferent_bus::Error::Full { .. }) => return Ok(()),
-                other => return other.map(drop),
+                Err(efferent_bus::Error::Full { .. }) => return Ok(None),
+                other => return other.map(Some),
             }
         }
     }

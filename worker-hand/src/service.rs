@@ -62,8 +62,8 @@ const LEAVING: Duration = Duration::from_secs(5);
 
 /// Why work goes back to the queue when the worker stops.
 const STOPPING: &str = "the worker was told to stop";
-/// How long a task waits whose control signal is neither stored nor to be had from its brain. Long enough for another brain to make it again: it gets the
-/// task when the lease of the first has ended.
+/// How long a task waits at least whose control signal is neither stored nor to be had from its brain; all of its deliveries together outlast by far the lease
+/// after which another brain makes the signal again.
 const SIGNAL_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a hand worker works.
@@ -303,7 +303,11 @@ impl Worker {
         let signal = match self.signals.of(task).await? {
             Ok(signal) => signal,
             Err(Absent::Failed(error)) => return held.failed(&error).await,
-            Err(Absent::Later) => return held.hand_back("its control signal is not there yet", SIGNAL_PAUSE).await,
+            Err(Absent::Later) => {
+                tracing::info!(job_id = task.job_id, "a control signal is not there yet; its task is put back");
+                let pause = SIGNAL_PAUSE.max(self.ledger.options().lease / 8);
+                return held.hand_back("its control signal is not there yet", pause).await;
+            }
         };
         let request = task.request.clone().unwrap_or_default();
         let picture = match self.picture(&request).await? {

@@ -119,10 +119,10 @@ impl Services {
         let is_brain = role == Role::Brain;
         let parts: &[&str] = if is_brain { &["brain", "connector"] } else { &["hand"] };
         let devices = all.first().map(|engines| engines.devices()).unwrap_or_default();
-        let gpus: u64 =
-            devices.iter().filter(|device| device.device != "cpu" && device.cores == 0).map(|d| d.memory_bytes).sum();
+        let gpus: u64 = devices.iter().filter(|device| device.cores == 0).map(|device| device.memory_bytes).sum();
         let found = if gpus > 0 { gpus } else { efferent_worker::memory::available().unwrap_or(u64::MAX) };
-        let memory = if local.model_memory > 0 { local.model_memory } else { found };
+        // What is over is for pictures.
+        let memory = if local.model_memory > 0 { local.model_memory } else { found / 5 * 4 };
         let mut candidates = Vec::new();
         for engines in all {
             let (model, bytes) = (engines.model()?, engines.memory(settings, parts)?);
@@ -206,12 +206,12 @@ impl Services {
     pub(crate) async fn ready(&mut self, progress: impl Fn((u64, u64))) -> Result<bool, Failure> {
         let (readiness, mut told) = (self.readiness(), Instant::now());
         while !readiness.get() {
-            if told.elapsed() > LOADING_TOLD {
+            let (read, all) = loaded();
+            if read < all && told.elapsed() > LOADING_TOLD {
                 told = Instant::now();
-                let (read, all) = loaded();
                 tracing::info!(read, all, "loading weights");
             }
-            progress(loaded());
+            progress((read, all));
             tokio::select! {
                 () = tokio::time::sleep(READY_POLL) => {}
                 () = self.shutdown.requested() => return Ok(false),

@@ -204,7 +204,7 @@ const LOCAL: &[Setting] = &[
         "model_memory",
         "model-memory",
         "BYTES",
-        "Most bytes of models that a brain, and a hand, with several keeps loaded; 0 for what can be had at its start",
+        "Most bytes of models that a brain, and a hand, with several keeps loaded; 0 for four fifths of what can be had at its start",
     ),
     setting(
         Group::Device,
