@@ -13,7 +13,7 @@
 //! | 5 | the job was cancelled |
 //! | 6 | the job's deadline passed |
 //! | 64 | wrong configuration; nothing was started |
-//! | 69 | the brain's weights could not be fetched |
+//! | 69 | weights could not be fetched |
 //! | 70 | a worker's engine hung: it is to be started again |
 //! | 74 | a file could not be read or written |
 //! | 130 | Ctrl-C (in `generate`, the job is cancelled) |

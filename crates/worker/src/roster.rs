@@ -195,6 +195,8 @@ pub async fn run<E: Send + 'static>(
         }
     }
     shutdown.trigger();
+    // Nothing is accepted any more on the strength of what could be loaded.
+    standby.drain();
     for place in &mut places {
         if let Some(loaded) = place.loaded.take()
             && let Ok(Err(error)) = loaded.task.await
@@ -255,26 +257,39 @@ async fn ended<E>(places: &mut [Place<E>], unloadable: fn(&E) -> Option<String>)
 }
 
 async fn views<E>(places: &[Place<E>], ledger: &Ledger, role: WorkerRole, others: &Others) -> Vec<View> {
-    let mut views = Vec::with_capacity(places.len());
-    for place in places {
-        let mut waiting = None;
-        for queue in place.candidate.queues.iter().filter(|_| place.resting.is_none()) {
-            match ledger.bus().depth(queue).await {
-                Ok(depth) if depth.ready > 0 => waiting = waiting.max(Some(depth.oldest_age.unwrap_or_default())),
-                Ok(_) => {}
-                Err(error) => tracing::debug!(queue, %error, "cannot tell what waits"),
-            }
-        }
-        let loaded = place.loaded.as_ref();
-        views.push(View {
+    let mut views: Vec<View> = places
+        .iter()
+        .map(|place| View {
             bytes: place.candidate.bytes,
-            loaded: loaded.map(|loaded| loaded.since.elapsed()),
-            idle: loaded.map_or(Duration::ZERO, |loaded| loaded.activity.idle()),
-            waiting,
+            loaded: place.loaded.as_ref().map(|loaded| loaded.since.elapsed()),
+            idle: place.loaded.as_ref().map_or(Duration::ZERO, |loaded| loaded.activity.idle()),
+            waiting: None,
             elsewhere: others.have(role, &place.candidate.model.name),
-        });
+        })
+        .collect();
+    // What waits for models that are loaded matters only if others are asked for.
+    for loaded in [false, true] {
+        for (view, place) in views.iter_mut().zip(places).filter(|(view, _)| view.loaded.is_some() == loaded) {
+            view.waiting = waiting(place, ledger).await;
+        }
+        if views.iter().all(|view| view.waiting.is_none()) {
+            break;
+        }
     }
     views
+}
+
+/// For how long the oldest of a model's tasks waits, if any does.
+async fn waiting<E>(place: &Place<E>, ledger: &Ledger) -> Option<Duration> {
+    let mut waiting = None;
+    for queue in place.candidate.queues.iter().filter(|_| place.resting.is_none()) {
+        match ledger.bus().depth(queue).await {
+            Ok(depth) if depth.ready > 0 => waiting = waiting.max(Some(depth.oldest_age.unwrap_or_default())),
+            Ok(_) => {}
+            Err(error) => tracing::debug!(queue, %error, "cannot tell what waits"),
+        }
+    }
+    waiting
 }
 
 /// The workers of other processes.

@@ -23,13 +23,13 @@ pub struct Setup {
     pub first: Device,
     /// The branch without the prompt, at the same time as the first that with it.
     pub second: Option<Device>,
-    /// Pixels of a picture above which it is decoded in tiles.
-    pub whole: u64,
+    /// Pixels of a picture above which it is decoded in tiles, if there is such a limit.
+    pub tile_above: Option<u64>,
 }
 
 impl From<Device> for Setup {
     fn from(first: Device) -> Self {
-        Self { first, second: None, whole: u64::MAX }
+        Self { first, second: None, tile_above: None }
     }
 }
 

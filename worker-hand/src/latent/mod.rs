@@ -135,8 +135,8 @@ struct Engine<N> {
     device: Device,
     /// The network once more, on another device, for the branch without the prompt.
     second: Option<(N, Device)>,
-    /// Pixels of a picture above which it is decoded in tiles.
-    whole: u64,
+    /// Pixels of a picture above which it is decoded in tiles, if there is such a limit.
+    tile_above: Option<u64>,
 }
 
 struct State<C> {
@@ -222,7 +222,15 @@ pub fn load<N: Network>(
         None => None,
     };
     let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_BATCH, simulated: false };
-    Ok(Box::new(Engine { spec, space, scheduler, network, device: setup.first.clone(), second, whole: setup.whole }))
+    Ok(Box::new(Engine {
+        spec,
+        space,
+        scheduler,
+        network,
+        device: setup.first.clone(),
+        second,
+        tile_above: setup.tile_above,
+    }))
 }
 
 /// Why a control signal is refused.
@@ -464,7 +472,7 @@ impl<N: Network> Engine<N> {
         let pixels = (height * width * vae.factor() * vae.factor()) as u64;
         let tiled = || on_pool(|| tiles::decode(vae, &latent, vae.tiles())).map_err(EngineError::from);
         let picture = match tiles::is_large(vae.tiles(), height, width) {
-            true if pixels > self.whole => tiled()?,
+            true if self.tile_above.is_some_and(|most| pixels > most) => tiled()?,
             large => match on_pool(|| vae.decode(&latent)).map_err(EngineError::from) {
                 Err(EngineError::OutOfMemory(message)) if large => {
                     tracing::warn!(

@@ -2,7 +2,6 @@
 //! what was begun is gone on with, a token is taken from where it usually is (`HF_TOKEN`, `hf auth login`), and mirrors (`HF_ENDPOINT`) serve.
 
 use std::{
-    fs,
     io::IsTerminal as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -32,15 +31,15 @@ struct Answer {
 /// # Errors
 /// If there is no Python, no network, no such model, or none that may be had.
 pub(crate) fn download(id: &Id<'_>, python: &str, home: &Path) -> Result<PathBuf, Failure> {
-    let python = library(python, home)?;
+    let library = library(python, home)?;
     output::note(format_args!("fetching {id} from the hub"));
-    let mut command = Command::new(&python);
+    let mut command = Command::new(python);
     command.args(["-c", SCRIPT, &id.repository(), id.revision()]).stdin(Stdio::null()).stderr(Stdio::inherit());
+    command.envs(library.map(|folder| ("PYTHONPATH", folder)));
     if !std::io::stderr().is_terminal() {
         command.env("HF_HUB_DISABLE_PROGRESS_BARS", "1");
     }
-    let output =
-        command.output().map_err(|error| failed(format!("{} cannot be started: {error}", python.display())))?;
+    let output = command.output().map_err(|error| failed(format!("{python} cannot be started: {error}")))?;
     let answer: Answer = serde_json::from_slice(&output.stdout).unwrap_or_default();
     answer.folder.ok_or_else(|| {
         let error = answer.error.unwrap_or_else(|| "Python ended without an answer".to_owned());
@@ -52,37 +51,28 @@ fn failed(message: String) -> Failure {
     Failure::words(Exit::Fetch, message)
 }
 
-/// A Python with the library: the configured one, or one in a folder of ours.
-fn library(python: &str, home: &Path) -> Result<PathBuf, Failure> {
-    let has = |python: &Path| {
-        let tried = Command::new(python).args(["-c", "import huggingface_hub"]).stderr(Stdio::null()).status();
-        tried.is_ok_and(|status| status.success())
+/// Where the library is, if it is not beside the configured Python's own: in a folder of ours, where pip puts it if it is not there yet.
+fn library(python: &str, home: &Path) -> Result<Option<PathBuf>, Failure> {
+    let has = |folder: Option<&Path>| {
+        let mut command = Command::new(python);
+        command.args(["-c", "import huggingface_hub"]).stderr(Stdio::null());
+        command.envs(folder.map(|folder| ("PYTHONPATH", folder))).status().is_ok_and(|status| status.success())
     };
-    if has(Path::new(python)) {
-        return Ok(PathBuf::from(python));
+    if has(None) {
+        return Ok(None);
     }
     let folder = home.join("tools").join("hub");
-    let ours = folder.join("bin").join("python");
-    if has(&ours) {
-        return Ok(ours);
+    if has(Some(&folder)) {
+        return Ok(Some(folder));
     }
     output::note(format_args!("installing {LIBRARY} in {}", folder.display()));
-    let made = fs::create_dir_all(&folder);
-    made.map_err(|error| failed(format!("cannot make {}: {error}", folder.display())))?;
-    let run = |program: &Path, args: &[&str], what: &str| {
-        let output = Command::new(program).args(args).stdin(Stdio::null()).output();
-        let output = output.map_err(|error| failed(format!("{} cannot be started: {error}", program.display())))?;
-        let said = String::from_utf8_lossy(&output.stderr);
-        let said = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it said nothing");
-        if output.status.success() { Ok(()) } else { Err(failed(format!("{what}: {said}"))) }
-    };
-    let place = folder.display().to_string();
-    run(Path::new(python), &["-m", "venv", &place], "cannot make a place for the hub's library")?;
-    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", LIBRARY];
-    run(
-        &ours,
-        &pip,
-        "cannot install the hub's library; `pip install huggingface_hub` for the Python in use does, too",
-    )?;
-    Ok(ours)
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", "--target"];
+    let output = Command::new(python).args(pip).arg(&folder).arg(LIBRARY).stdin(Stdio::null()).output();
+    let output = output.map_err(|error| failed(format!("{python} cannot be started: {error}")))?;
+    if output.status.success() {
+        return Ok(Some(folder));
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it said nothing");
+    Err(failed(format!("pip cannot install the hub's library (`pip install huggingface_hub` does, too): {said}")))
 }

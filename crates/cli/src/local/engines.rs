@@ -1,6 +1,6 @@
 //! From what was configured to a brain and a hand.
 
-use std::{num::NonZeroU64, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use candle_core::Device;
 use efferent_brain::families as brains;
@@ -171,14 +171,8 @@ impl Engines {
             Source::Model(pipeline) => {
                 let mut opened = self.held.opened.iter().cloned();
                 let first = opened.next().unwrap_or(Device::Cpu);
-                hands::factory(
-                    pipeline,
-                    hands::Setup {
-                        first,
-                        second: opened.next(),
-                        whole: NonZeroU64::new(tile_above).map_or(u64::MAX, NonZeroU64::get),
-                    },
-                )
+                let tile_above = Some(tile_above).filter(|pixels| *pixels > 0);
+                hands::factory(pipeline, hands::Setup { first, second: opened.next(), tile_above })
             }
             Source::Sim { hand, .. } => hands::sim::factory(hand.clone()),
         }

@@ -13,7 +13,7 @@ use crate::{
     exit::{Exit, Failure},
     local::{
         engines::Engines,
-        serve::{Services, embedded, provide_weights},
+        serve::{Role, Services, embedded, provide_weights},
     },
     settings::{Client, Settings},
 };
@@ -42,8 +42,9 @@ pub(crate) async fn run(
     let address = listener.local_addr().map_err(fault("cannot listen on the loopback"))?;
     let mut services = Services::new(Ledger::new(bus, settings.local.ledger.options()), Shutdown::new());
     services.coordinator(&settings.local, listener);
-    services.brain(&settings.local, &engines);
-    services.hand(&settings.local, &engines);
+    for role in [Role::Brain, Role::Hand] {
+        services.worker(role, &settings.local, &engines);
+    }
     let mut server = Server::parse(&address.to_string())?;
     let loading = |(read, all): (u64, u64)| {
         if read < all {

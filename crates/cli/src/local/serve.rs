@@ -146,18 +146,12 @@ impl Services {
             }
             let (engines, local, ledger) = (engines.clone(), local.clone(), self.ledger.clone());
             let serve: Serve<Failure> = Box::new(move |activity, readiness, shutdown| {
-                let (engines, local, ledger) = (engines.clone(), local.clone(), ledger.clone());
-                Box::pin(async move {
-                    match is_brain {
-                        true => brain(&local, &engines, activity, ledger, readiness, shutdown).await,
-                        false => hand(&local, &engines, activity, ledger, readiness, shutdown).await,
-                    }
-                })
+                Box::pin(work(role, local.clone(), engines.clone(), activity, ledger.clone(), readiness, shutdown))
             });
             candidates.push(Candidate { model, queues, bytes, serve });
         }
-        let role = if is_brain { WorkerRole::Brain } else { WorkerRole::Hand };
-        let options = roster::Options { role, devices, memory, patience: local.model_patience };
+        let of = if is_brain { WorkerRole::Brain } else { WorkerRole::Hand };
+        let options = roster::Options { role: of, devices, memory, patience: local.model_patience };
         let readiness = Readiness::default();
         let (ledger, shutdown) = (self.ledger.clone(), self.shutdown.clone());
         let serving =
@@ -172,26 +166,12 @@ impl Services {
         Ok(())
     }
 
-    /// Starts a brain.
-    pub(crate) fn brain(&mut self, settings: &Local, engines: &Arc<Engines>) {
+    /// Starts a brain or a hand.
+    pub(crate) fn worker(&mut self, role: Role, settings: &Local, engines: &Arc<Engines>) {
         let (settings, engines, ledger) = (settings.clone(), engines.clone(), self.ledger.clone());
         let (readiness, shutdown) = (Readiness::default(), self.shutdown.clone());
-        let ready = readiness.clone();
-        self.start(
-            async move { brain(&settings, &engines, Activity::default(), ledger, ready, shutdown).await },
-            readiness,
-        );
-    }
-
-    /// Starts a hand.
-    pub(crate) fn hand(&mut self, settings: &Local, engines: &Arc<Engines>) {
-        let (settings, engines, ledger) = (settings.clone(), engines.clone(), self.ledger.clone());
-        let (readiness, shutdown) = (Readiness::default(), self.shutdown.clone());
-        let ready = readiness.clone();
-        self.start(
-            async move { hand(&settings, &engines, Activity::default(), ledger, ready, shutdown).await },
-            readiness,
-        );
+        let serving = work(role, settings, engines, Activity::default(), ledger, readiness.clone(), shutdown);
+        self.start(serving, readiness);
     }
 
     /// Whether every service takes work.
@@ -257,45 +237,33 @@ impl Services {
     }
 }
 
-async fn brain(
-    settings: &Local,
-    engines: &Engines,
+/// A brain or a hand, from loading to leaving.
+async fn work(
+    role: Role,
+    settings: Local,
+    engines: Arc<Engines>,
     activity: Activity,
     ledger: Ledger,
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Failure> {
-    let options = efferent_brain::Options { activity, ..settings.brain.clone() };
-    let factory = engines.brain(&settings.home);
-    let served = efferent_brain::run(options, factory, engines.devices(), ledger, readiness, shutdown).await;
-    served.map_err(|error| {
-        let exit = match &error {
-            efferent_brain::Error::Engine(_) => Exit::Config,
-            efferent_brain::Error::Bus(error) => bus_exit(error),
-            efferent_brain::Error::Hang(_) => Exit::Hung,
-        };
-        Failure::new(exit, error)
-    })
-}
-
-async fn hand(
-    settings: &Local,
-    engines: &Engines,
-    activity: Activity,
-    ledger: Ledger,
-    readiness: Readiness,
-    shutdown: Shutdown,
-) -> Result<(), Failure> {
-    let options = efferent_hand::Options { activity, ..settings.hand.clone() };
-    let served = efferent_hand::run(
-        options,
-        engines.hand(settings.hand.tile_above),
-        engines.devices(),
-        ledger,
-        readiness,
-        shutdown,
-    )
-    .await;
+    let devices = engines.devices();
+    if role == Role::Brain {
+        let options = efferent_brain::Options { activity, ..settings.brain };
+        let factory = engines.brain(&settings.home);
+        let served = efferent_brain::run(options, factory, devices, ledger, readiness, shutdown).await;
+        return served.map_err(|error| {
+            let exit = match &error {
+                efferent_brain::Error::Engine(_) => Exit::Config,
+                efferent_brain::Error::Bus(error) => bus_exit(error),
+                efferent_brain::Error::Hang(_) => Exit::Hung,
+            };
+            Failure::new(exit, error)
+        });
+    }
+    let factory = engines.hand(settings.hand.tile_above);
+    let options = efferent_hand::Options { activity, ..settings.hand };
+    let served = efferent_hand::run(options, factory, devices, ledger, readiness, shutdown).await;
     served.map_err(|error| {
         let exit = match &error {
             efferent_hand::Error::Engine(_) => Exit::Config,
@@ -394,8 +362,7 @@ pub(crate) async fn run_until(
     for part in [Role::Brain, Role::Hand].into_iter().filter(|part| role.has(*part)) {
         match &engines[..] {
             [] => {}
-            [only] if part == Role::Brain => (0..copies).for_each(|_| services.brain(local, only)),
-            [only] => (0..copies).for_each(|_| services.hand(local, only)),
+            [only] => (0..copies).for_each(|_| services.worker(part, local, only)),
             several => services.several(settings, part, several)?,
         }
     }
