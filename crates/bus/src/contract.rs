@@ -77,6 +77,30 @@ pub fn task(key: &str, job: &str) -> NewTask {
     NewTask { key: key.to_owned(), job: job.to_owned(), headers, payload: Bytes::from(format!("payload of {key}")) }
 }
 
+/// `count` tasks of the queue. A pull gives what is there at that moment, and the server of a cluster that leads the consumer may learn of a task after the
+/// one that stored it.
+async fn gather(bus: &dyn Bus, queue: &str, count: usize) -> Vec<Delivery> {
+    let mut got = Vec::new();
+    while got.len() < count {
+        let more = bus.pull(queue, count - got.len(), 5 * SECOND).await.unwrap();
+        assert!(!more.is_empty(), "{count} tasks are expected, {:?} came", keys(&got));
+        got.extend(more);
+    }
+    got
+}
+
+/// Waits until the queue's depth is as `expected`: servers of a cluster hear of tasks and acks one after the other.
+async fn settles(bus: &dyn Bus, queue: &str, expected: impl Fn(&Depth) -> bool) {
+    let settled = async {
+        while !expected(&bus.depth(queue).await.unwrap()) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if tokio::time::timeout(5 * SECOND, settled).await.is_err() {
+        panic!("the depth of {queue} stays at {:?}", bus.depth(queue).await.unwrap());
+    }
+}
+
 fn keys(deliveries: &[Delivery]) -> Vec<&str> {
     deliveries.iter().map(|delivery| delivery.key.as_str()).collect()
 }
@@ -86,28 +110,19 @@ async fn tasks_are_delivered_in_order_with_all_they_carry(bus: &dyn Bus) {
     for key in ["a", "b", "c"] {
         assert_eq!(bus.publish(&queue, task(key, "job1")).await.unwrap(), Published::Stored);
     }
-    let depth = bus.depth(&queue).await.unwrap();
-    assert_eq!((depth.ready, depth.leased), (3, 0));
-    let first = bus.pull(&queue, 2, SECOND).await.unwrap();
+    settles(bus, &queue, |depth| (depth.ready, depth.leased) == (3, 0)).await;
+    let first = gather(bus, &queue, 2).await;
     assert_eq!(keys(&first), ["a", "b"]);
     let a = &first[0];
     assert_eq!((a.queue.as_str(), a.job.as_str(), a.attempt), (queue.as_str(), "job1", 1));
     assert_eq!(a.headers["traceparent"], "trace-a");
     assert_eq!(&a.payload[..], b"payload of a");
     assert!(a.published_at.elapsed().unwrap_or_default() < Duration::from_secs(60));
-    let depth = bus.depth(&queue).await.unwrap();
-    assert_eq!((depth.ready, depth.leased), (1, 2));
-    assert!(depth.oldest_age.is_some());
-    for delivery in first.iter().chain(&bus.pull(&queue, 10, SECOND).await.unwrap()) {
+    settles(bus, &queue, |depth| (depth.ready, depth.leased) == (1, 2) && depth.oldest_age.is_some()).await;
+    for delivery in first.iter().chain(&gather(bus, &queue, 1).await) {
         delivery.lease.ack().await.unwrap();
     }
-    // Servers of a cluster hear of an ack one after the other.
-    let empty = async {
-        while bus.depth(&queue).await.unwrap() != Depth::default() {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(5 * SECOND, empty).await.expect("what was acked is gone");
+    settles(bus, &queue, |depth| *depth == Depth::default()).await;
 }
 
 async fn the_same_key_is_stored_once(bus: &dyn Bus) {
@@ -179,7 +194,7 @@ async fn delayed_tasks_wait(bus: &dyn Bus) {
     let queue = queue(bus, "delay", 100).await;
     bus.publish(&queue, task("slow", "job1")).await.unwrap();
     bus.publish(&queue, task("fast", "job1")).await.unwrap();
-    let got = bus.pull(&queue, 2, SECOND).await.unwrap();
+    let got = gather(bus, &queue, 2).await;
     let handed_back = Instant::now();
     got[0].lease.nak(SECOND).await.unwrap();
     got[1].lease.nak(Duration::ZERO).await.unwrap();
@@ -199,7 +214,7 @@ async fn terminated_tasks_are_gone(bus: &dyn Bus) {
     let got = bus.pull(&queue, 1, SECOND).await.unwrap();
     got[0].lease.terminate("for the test").await.unwrap();
     assert!(bus.pull(&queue, 1, LEASE + SECOND / 2).await.unwrap().is_empty());
-    assert_eq!(bus.depth(&queue).await.unwrap().ready, 0);
+    settles(bus, &queue, |depth| depth.ready == 0).await;
 }
 
 async fn jobs_are_purged(bus: &dyn Bus) {
@@ -210,7 +225,7 @@ async fn jobs_are_purged(bus: &dyn Bus) {
     }
     assert_eq!(bus.purge(&queue, "even").await.unwrap(), 3);
     assert_eq!(bus.purge(&queue, "even").await.unwrap(), 0);
-    assert_eq!(keys(&bus.pull(&queue, 10, SECOND).await.unwrap()), ["k1", "k3", "k5"]);
+    assert_eq!(keys(&gather(bus, &queue, 3).await), ["k1", "k3", "k5"]);
 }
 
 async fn values_are_created_once_and_swapped(bus: &dyn Bus) {
