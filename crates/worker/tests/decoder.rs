@@ -33,6 +33,7 @@ fn llama() -> Config {
         mlp_width: 24,
         rotary_base: 1e5,
         rotary_pairs: RotaryPairs::Halves,
+        rotary_axes: None,
         norm_eps: 1e-5,
         norm_offset: false,
         activation: Activation::Silu,

@@ -2,12 +2,12 @@
 //!
 //! Source: facebookresearch/metaquery 206f6de, `models/{model,transformer_encoder}.py`; the tensors' names are those of its checkpoints.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use efferent_worker::{
     nn::{
         attention::{Logits, attend},
         linear::Linear,
-        ops,
+        ops, rotary,
     },
     weights::Weights,
 };
@@ -107,7 +107,7 @@ impl Connector {
     pub fn forward(&self, states: &Tensor) -> Result<Tensor> {
         let (batch, tokens, width) = states.dims3()?;
         let head = width / self.heads;
-        let turns = turns(tokens, head, states)?;
+        let [cos, sin] = turns(tokens, head, states)?;
         let ones = Tensor::ones(head, states.dtype(), states.device())?;
         let mut x = states.clone();
         for layer in &self.layers {
@@ -115,7 +115,7 @@ impl Connector {
             let split = |linear: &Linear| linear.forward(&h)?.reshape((batch, tokens, self.heads, head));
             // Turned first, and then brought to one length: as published.
             let normed = |x: Tensor, gamma: &Tensor| {
-                ops::rms_norm(&turned(&x, &turns)?, &ones, LENGTH_EPS)?.broadcast_mul(gamma)
+                ops::rms_norm(&rotary::turn_halves(&x, &cos, &sin)?, &ones, LENGTH_EPS)?.broadcast_mul(gamma)
             };
             let [q, k, v] = &layer.projections;
             let (q, k) = (normed(split(q)?, &layer.head_norms[0])?, normed(split(k)?, &layer.head_norms[1])?);
@@ -130,20 +130,10 @@ impl Connector {
     }
 }
 
-/// Cosines and sines of the places, each (tokens, 1, half a head).
+/// Cosines and sines of the places, each (tokens, half a head).
 fn turns(tokens: usize, head: usize, like: &Tensor) -> Result<[Tensor; 2]> {
-    let half = head / 2;
-    let frequency = |i: usize| BASE.powf(-2.0 * i as f64 / head as f64) as f32;
-    let angles: Vec<f32> = (0..tokens).flat_map(|t| (0..half).map(move |i| t as f32 * frequency(i))).collect();
-    let angles = Tensor::from_vec(angles, (tokens, 1, half), like.device())?;
+    let frequencies = rotary::frequencies(BASE, head);
+    let angles: Vec<f32> = (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
+    let angles = Tensor::from_vec(angles, (tokens, head / 2), like.device())?;
     Ok([angles.cos()?, angles.sin()?])
-}
-
-/// x: (batch, tokens, heads, head), whose channels i and i + half turn together.
-fn turned(x: &Tensor, [cos, sin]: &[Tensor; 2]) -> Result<Tensor> {
-    let half = x.dim(D::Minus1)? / 2;
-    let (a, b) = (x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?);
-    let first = (a.broadcast_mul(cos)? - b.broadcast_mul(sin)?)?;
-    let second = (a.broadcast_mul(sin)? + b.broadcast_mul(cos)?)?;
-    Tensor::cat(&[first, second], D::Minus1)
 }

@@ -8,12 +8,13 @@
 
 pub mod published;
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 use super::{
     attention::{Logits, attend, causal, hide_absent},
     linear::Linear,
     ops::{self, Activation},
+    rotary,
 };
 use crate::weights::Weights;
 
@@ -38,6 +39,8 @@ pub struct Config {
     pub rotary_base: f64,
     /// Which channels a rotation pairs.
     pub rotary_pairs: RotaryPairs,
+    /// Which pairs turn by time, row and column, where positions have all three (Qwen2.5-VL, Qwen3-VL).
+    pub rotary_axes: Option<RotaryAxes>,
     /// Epsilon of RMS norms.
     pub norm_eps: f64,
     /// Norm weights are stored minus 1 (Gemma).
@@ -67,6 +70,39 @@ pub enum RotaryPairs {
     Halves,
     /// Channels 2 i and 2 i + 1: Llama's q and k in GGUF, which stores them permuted for this.
     Neighbours,
+}
+
+/// How the pairs of a rotation are dealt out over time, row and column, so many for each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RotaryAxes {
+    /// One axis after the other (Qwen2.5-VL).
+    InTurn([usize; 3]),
+    /// In turns of three, for as long as row and column have some left; the rest is time's (Qwen3-VL).
+    Woven([usize; 3]),
+}
+
+impl RotaryAxes {
+    /// The axis of a pair.
+    fn of(self, pair: usize) -> usize {
+        match self {
+            Self::InTurn([time, _, _]) if pair < time => 0,
+            Self::InTurn([time, rows, _]) if pair < time + rows => 1,
+            Self::InTurn(_) => 2,
+            Self::Woven(counts) => match pair % 3 {
+                axis if pair < 3 * counts[axis] => axis,
+                _ => 0,
+            },
+        }
+    }
+}
+
+/// What a sequence holds besides text.
+#[derive(Debug, Clone, Default)]
+pub struct Sight {
+    /// Time, row and column of each token; empty for 0, 1, 2 ... on all three.
+    pub places: Vec<[u32; 3]>,
+    /// What is added after the first layers, (batch, tokens, width) for one after the other (DeepStack of Qwen3-VL).
+    pub added: Vec<Tensor>,
 }
 
 /// How the file names its tensors.
@@ -256,7 +292,24 @@ impl Decoder {
     /// # Errors
     /// If there is no such layer, or shapes do not fit.
     pub fn states(&self, embeddings: &Tensor, mask: &Tensor, layers: &[usize]) -> Result<Vec<Tensor>> {
+        self.states_with(embeddings, mask, layers, &Sight::default())
+    }
+
+    /// The same of sequences that hold pictures too, all at the same places. States after a layer have what is added there.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::states`].
+    pub fn states_with(
+        &self,
+        embeddings: &Tensor,
+        mask: &Tensor,
+        layers: &[usize],
+        sight: &Sight,
+    ) -> Result<Vec<Tensor>> {
         let (batch, tokens, _) = embeddings.dims3()?;
+        if ![0, tokens].contains(&sight.places.len()) || sight.added.len() > self.layers.len() {
+            candle_core::bail!("{} places, {} additions for {tokens} tokens", sight.places.len(), sight.added.len());
+        }
         if mask.dims() != [batch, tokens] {
             candle_core::bail!("a mask of {:?} for embeddings of {:?}", mask.dims(), embeddings.dims());
         }
@@ -264,14 +317,17 @@ impl Decoder {
         if last > self.layers.len() {
             candle_core::bail!("states after layer {last} of a model with {} layers", self.layers.len());
         }
-        let mut pass = self.pass(mask)?;
+        let mut pass = self.pass(mask, &sight.places)?;
         let mut states = vec![embeddings.clone()];
         for (index, layer) in self.layers[..last].iter().enumerate() {
             let device = layer.attention_norm.device();
             if !device.same_device(pass.cos.device()) {
                 pass = pass.to_device(device)?;
             }
-            let next = layer.forward(&self.config, &states[index].to_device(device)?, &pass, index)?;
+            let mut next = layer.forward(&self.config, &states[index].to_device(device)?, &pass, index)?;
+            if let Some(added) = sight.added.get(index) {
+                next = (next + added.to_device(device)?)?;
+            }
             if !layers.contains(&index) {
                 // Not asked for: let go of its memory.
                 states[index] = Tensor::zeros((), DType::F32, self.device())?;
@@ -289,13 +345,18 @@ impl Decoder {
         ops::rms_norm(states, &self.final_norm, self.config.norm_eps)
     }
 
-    fn pass(&self, mask: &Tensor) -> Result<Pass> {
+    fn pass(&self, mask: &Tensor, places: &[[u32; 3]]) -> Result<Pass> {
         let (config, device) = (&self.config, self.device());
         let tokens = mask.dim(1)?;
         let half = config.head_width / 2;
-        let frequency = |i: usize| config.rotary_base.powf(-2.0 * i as f64 / config.head_width as f64) as f32;
-        let frequencies: Vec<f32> = (0..half).map(frequency).collect();
-        let angles: Vec<f32> = (0..tokens).flat_map(|t| frequencies.iter().map(move |f| t as f32 * f)).collect();
+        let frequencies = rotary::frequencies(config.rotary_base, config.head_width);
+        let place = |token: usize, pair: usize| match (places.get(token), config.rotary_axes) {
+            (Some(place), Some(axes)) => place[axes.of(pair)] as f32,
+            (Some([time, _, _]), None) => *time as f32,
+            (None, _) => token as f32,
+        };
+        let angle = |(token, pair): (usize, usize)| place(token, pair) * frequencies[pair];
+        let angles: Vec<f32> = (0..tokens).flat_map(|t| (0..half).map(move |pair| (t, pair))).map(angle).collect();
         let angles = Tensor::from_vec(angles, (tokens, half), device)?;
         let absent = hide_absent(mask)?;
         let bias = |window| causal(tokens, window, device)?.broadcast_add(&absent);
@@ -371,19 +432,12 @@ impl Layer {
 /// Rotary positions. x: (batch, tokens, heads, width); cos, sin: (tokens, width / 2)
 fn rotate(x: &Tensor, pass: &Pass, pairs: RotaryPairs) -> Result<Tensor> {
     let (batch, tokens, heads, width) = x.dims4()?;
-    let half = width / 2;
-    let (cos, sin) = (pass.cos.unsqueeze(1)?, pass.sin.unsqueeze(1)?); // (tokens, 1, half)
-    let turn = |a: &Tensor, b: &Tensor| -> Result<(Tensor, Tensor)> {
-        Ok(((a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?, (a.broadcast_mul(&sin)? + b.broadcast_mul(&cos)?)?))
-    };
     match pairs {
-        RotaryPairs::Halves => {
-            let (a, b) = turn(&x.narrow(D::Minus1, 0, half)?, &x.narrow(D::Minus1, half, half)?)?;
-            Tensor::cat(&[a, b], D::Minus1)
-        }
+        RotaryPairs::Halves => rotary::turn_halves(x, &pass.cos, &pass.sin),
         RotaryPairs::Neighbours => {
-            let x = x.reshape((batch, tokens, heads, half, 2))?;
-            let (a, b) = turn(&x.narrow(4, 0, 1)?.squeeze(4)?, &x.narrow(4, 1, 1)?.squeeze(4)?)?;
+            let x = x.reshape((batch, tokens, heads, width / 2, 2))?;
+            let (first, second) = (x.narrow(4, 0, 1)?.squeeze(4)?, x.narrow(4, 1, 1)?.squeeze(4)?);
+            let [a, b] = rotary::turn(&first, &second, &pass.cos, &pass.sin)?;
             Tensor::stack(&[a, b], 4)?.reshape((batch, tokens, heads, width))
         }
     }

@@ -55,11 +55,29 @@ impl Linear {
     }
 
     fn kernel(weights: &mut Weights, name: &str, inputs: usize, side: usize, outputs: usize) -> Result<Self> {
-        let (name, values) = (format!("{name}.weight"), inputs * side * side);
-        let weight = weights.get_as(&name, &[outputs, inputs, side, side], &[values, outputs], |weight| {
-            weight.reshape((outputs, values))?.t()?.contiguous()
-        })?;
+        let weight = flattened(weights, name, &[outputs, inputs, side, side])?;
         Ok(Self { weight, bias: None })
+    }
+
+    /// A convolution over films whose stride is its kernel as a map of patches, whose values are ordered by channel, frame, row and column: takes `{name}.weight` of
+    /// (out, channels, frames, side, side), and `{name}.bias` if there is one.
+    ///
+    /// # Errors
+    /// Never on weights of that shape.
+    pub fn of_films(
+        weights: &mut Weights,
+        name: &str,
+        [channels, frames, side]: [usize; 3],
+        outputs: usize,
+        biased: bool,
+    ) -> Result<Self> {
+        let weight = flattened(weights, name, &[outputs, channels, frames, side, side])?;
+        Ok(Self { weight, bias: biased.then(|| weights.get(&format!("{name}.bias"), &[outputs])) })
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        self.weight.device()
     }
 
     /// The same on another device.
@@ -89,6 +107,14 @@ impl Linear {
             None => y.reshape(shape),
         }
     }
+}
+
+/// A kernel (out, ..) as (values of a patch, out).
+fn flattened(weights: &mut Weights, name: &str, shape: &[usize]) -> Result<Tensor> {
+    let (outputs, values) = (shape[0], shape[1..].iter().product());
+    weights.get_as(&format!("{name}.weight"), shape, &[values, outputs], |weight| {
+        weight.reshape((outputs, values))?.t()?.contiguous()
+    })
 }
 
 /// (out, in) -> (in, out). What stands in for a missing tensor has no values of its own and is given none: its size may be absurd.

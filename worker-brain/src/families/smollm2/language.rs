@@ -82,6 +82,7 @@ impl Language {
             mlp_width: number("feed_forward_length")?,
             rotary_base: real("llama.rope.freq_base")?,
             rotary_pairs: RotaryPairs::Neighbours,
+            rotary_axes: None,
             norm_eps: real("llama.attention.layer_norm_rms_epsilon")?,
             norm_offset: false,
             activation: Activation::Silu,

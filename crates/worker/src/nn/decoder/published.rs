@@ -1,9 +1,9 @@
 //! A decoder's configuration as transformers saves it (`config.json`): Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, and those that are the language half of a
-//! model that also sees (LLaVA-OneVision, Qwen2.5-VL, InternVL3).
+//! model that also sees (LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL, InternVL3).
 
 use serde_json::{Map, Value};
 
-use super::{super::ops::Activation, Config, RotaryPairs};
+use super::{super::ops::Activation, Config, RotaryAxes, RotaryPairs};
 
 /// Fields whose other values are mathematics that are not here; `null` is one of the allowed.
 const NEUTRAL: [(&str, &[&str]); 7] = [
@@ -46,9 +46,11 @@ impl Config {
                 return Err(format!("{field} = {value} is not known"));
             }
         }
-        let kind = match fields.get("model_type").and_then(Value::as_str).unwrap_or_default() {
-            // Without pictures its three-fold positions are all the same one, and rotate as Qwen2's do.
-            "qwen2_5_vl_text" => "qwen2",
+        let named = fields.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        let kind = match named {
+            // The first is that of published files, whose fields are those of the language half and what sees beside it.
+            "qwen2_5_vl" | "qwen2_5_vl_text" => "qwen2",
+            "qwen3_vl_text" => "qwen3",
             kind => kind,
         };
         let (gemma, gemma2) = (matches!(kind, "gemma" | "gemma2"), kind == "gemma2");
@@ -84,16 +86,18 @@ impl Config {
             other => return Err(format!("hidden_act = {other:?} is not known")),
         };
         let (width, heads) = (size("hidden_size")?, size("num_attention_heads")?);
+        let head_width = optional("head_dim")?.unwrap_or(width / heads.max(1));
         Ok(Self {
             vocabulary: size("vocab_size")?,
             width,
             layers: size("num_hidden_layers")?,
             heads,
             key_heads: optional("num_key_value_heads")?.unwrap_or(heads),
-            head_width: optional("head_dim")?.unwrap_or(width / heads.max(1)),
+            head_width,
             mlp_width: size("intermediate_size")?,
             rotary_base: rotary_base(fields)?,
             rotary_pairs: RotaryPairs::Halves,
+            rotary_axes: rotary_axes(fields, named, head_width)?,
             norm_eps: number("rms_norm_eps", 1e-6)?,
             norm_offset: gemma,
             activation,
@@ -113,12 +117,40 @@ pub fn gguf_architecture(fields: &Map<String, Value>) -> &str {
     let half = HALVES.into_iter().find_map(|half| fields.get(half)?.as_object()).unwrap_or(fields);
     match half.get("model_type").and_then(Value::as_str).unwrap_or_default() {
         "mistral" => "llama",
-        "qwen2_5_vl_text" => "qwen2vl",
+        "qwen2_5_vl" | "qwen2_5_vl_text" => "qwen2vl",
+        "qwen3_vl_text" => "qwen3vl",
         kind => kind,
     }
 }
 
-/// A `rope_scaling` that scales nothing: Qwen2.5-VL's only divides channels among positions that are the same for text.
+/// How the pairs of a model that also sees are dealt out over time, row and column: `mrope_section`.
+fn rotary_axes(fields: &Map<String, Value>, kind: &str, head_width: usize) -> Result<Option<RotaryAxes>, String> {
+    let (usual, axes): ([usize; 3], fn([usize; 3]) -> RotaryAxes) = match kind {
+        "qwen2_5_vl" | "qwen2_5_vl_text" => ([16, 24, 24], RotaryAxes::InTurn),
+        "qwen3_vl_text" => ([24, 20, 20], RotaryAxes::Woven),
+        _ => return Ok(None),
+    };
+    let parameters = ["rope_parameters", "rope_scaling"].into_iter().filter_map(|field| fields.get(field));
+    let counts = match parameters.filter_map(|parameters| parameters.get("mrope_section")).next() {
+        None | Some(Value::Null) => usual,
+        Some(sections) => {
+            let said: Option<Vec<usize>> = sections
+                .as_array()
+                .and_then(|counts| counts.iter().map(|count| usize::try_from(count.as_u64()?).ok()).collect());
+            let mut counts = [0; 3];
+            let said = said.filter(|said| said.len() <= counts.len());
+            let said = said.ok_or_else(|| format!("mrope_section = {sections} is not known"))?;
+            counts[..said.len()].copy_from_slice(&said);
+            counts
+        }
+    };
+    if counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count)) != Some(head_width / 2) {
+        return Err(format!("mrope_section = {counts:?} does not add up to half of a head's {head_width} channels"));
+    }
+    Ok(Some(axes(counts)))
+}
+
+/// A `rope_scaling` that scales nothing, but for dealing pairs out (see [`rotary_axes`]).
 fn is_plain_rope(value: &Value) -> bool {
     let kinds = ["type", "rope_type"].into_iter().filter_map(|field| value.get(field)?.as_str());
     let mut kinds = kinds.peekable();
@@ -188,7 +220,11 @@ mod tests {
         let half = read(
             &json!({ "model_type": "qwen2_5_vl_text", "rope_scaling": { "type": "mrope", "mrope_section": [1, 1, 1] } }),
         );
-        assert!(half.unwrap().projection_bias);
+        let half = half.unwrap();
+        assert_eq!((half.projection_bias, half.rotary_axes), (true, Some(RotaryAxes::InTurn([1, 1, 1]))));
+        let woven = json!({ "rope_type": "default", "mrope_section": [1, 2], "mrope_interleaved": true, "rope_theta": 5e6 });
+        let half = read(&json!({ "model_type": "qwen3_vl_text", "rope_parameters": woven })).unwrap();
+        assert_eq!((half.head_norm, half.rotary_axes), (true, Some(RotaryAxes::Woven([1, 2, 0]))));
         let whole = json!({ "model_type": "internvl_chat", "llm_config": { "model_type": "qwen2" } });
         assert_eq!(Config::published(whole.as_object().unwrap()).unwrap_err(), "hidden_act = None is not known");
         for (names, wanted) in [
@@ -208,6 +244,8 @@ mod tests {
     #[test]
     fn what_is_not_computed_here_is_named() {
         for (changes, wanted) in [
+            (json!({ "model_type": "qwen3_vl_text", "rope_scaling": { "type": "default", "mrope_section": [9, 9, 9] } }), "mrope_section = [9, 9, 9]"),
+            (json!({ "model_type": "qwen2_5_vl_text", "rope_scaling": { "type": "default", "mrope_section": "3" } }), "mrope_section"),
             (json!({ "model_type": "falcon" }), "model_type \"falcon\""),
             (json!({ "rope_scaling": { "factor": 2 } }), "rope_scaling"),
             (json!({ "rope_parameters": { "rope_type": "yarn" } }), "rope_type \"yarn\""),
