@@ -7,7 +7,7 @@ use efferent_bus::ledger::Ledger;
 use efferent_proto::{
     ApiError,
     v1::{ErrorCode, GenerateRequest, Model, PictureSource, Size, picture_source::Source},
-    work::offers_size,
+    work::{self, offers_size},
 };
 use futures::StreamExt as _;
 use image::{ImageDecoder as _, ImageReader, metadata::Orientation};
@@ -19,8 +19,13 @@ use crate::images::unavailable;
 /// # Errors
 /// If a file is not kept, or does not begin as a picture.
 pub async fn fit(ledger: &Ledger, request: &mut GenerateRequest, model: &Model) -> Result<(), ApiError> {
+    // What a model does not offer is refused for that.
+    if request.reference_images.len() <= model.max_reference_images as usize {
+        for source in &request.reference_images {
+            size(ledger, "reference_images", source).await?;
+        }
+    }
     if !model.image_to_image {
-        // It is refused for that.
         return Ok(());
     }
     let mut found = None;
@@ -43,7 +48,7 @@ pub async fn fit(ledger: &Ledger, request: &mut GenerateRequest, model: &Model) 
 /// # Errors
 /// If the store is unavailable.
 pub async fn keep(ledger: &Ledger, request: &mut GenerateRequest) -> Result<(), ApiError> {
-    for source in [&mut request.init_image, &mut request.mask].into_iter().flatten() {
+    for source in work::pictures_mut(request) {
         if let Some(Source::Data(bytes)) = &source.source {
             let retention = Some(ledger.options().retention);
             let hash = ledger.bus().put_object(bytes.clone(), retention).await.map_err(unavailable)?;

@@ -18,6 +18,7 @@ use crate::{
     directory::Directory,
     follow::{self, Wish},
     images::{Images, count, trace_of, unavailable},
+    pictures,
     tenants::{self, Gate},
     validate,
 };
@@ -59,12 +60,14 @@ impl Signals {
     /// A job of its own, in the brain's queue like any other: it is as durable, and as patient with a brain that dies.
     async fn encode(&self, request: EncodeRequest, trace: &trace::Context) -> Result<Signal, ApiError> {
         let _permit = self.images.stream_permit()?;
-        let (request, keep) = validate::encoding(request, self.ledger.options().retention)?;
+        let (mut request, keep) = validate::encoding(request, self.ledger.options().retention)?;
         let tenant = tenants::named(&request.tenant)?;
         self.gate.request(tenant)?;
         let _place = self.gate.stream(tenant)?;
         let model = self.directory.choose(&request.model, &[WorkerRole::Brain])?;
-        let request = validate::resolve(request, &model, self.images.default_deadline())?;
+        pictures::fit(&self.ledger, &mut request, &model).await?;
+        let mut request = validate::resolve(request, &model, self.images.default_deadline())?;
+        pictures::keep(&self.ledger, &mut request).await?;
         let job = names::new_job_id();
         let mut record = self.images.drafted(job.clone(), request, model);
         record.keep_signal_ms = u64::try_from(keep.as_millis()).unwrap_or(u64::MAX);

@@ -20,6 +20,8 @@ pub const MAX_KEY_BYTES: usize = 128;
 pub const MAX_IMAGES: u32 = 16;
 /// Most bytes of the files that a request brings: a message has at most 4 MiB.
 pub const MAX_PICTURE_BYTES: usize = 3 << 20;
+/// Most pictures for a brain to read that a request brings or refers to.
+pub const MAX_REFERENCES: usize = 8;
 /// How long a control signal is kept whose caller does not say.
 const DEFAULT_KEEP: Duration = Duration::from_secs(24 * 3600);
 /// Most steps of a request, whatever the model offers.
@@ -126,9 +128,27 @@ pub fn syntax(request: &GenerateRequest) -> Result<(), ApiError> {
 
 /// Checks what a request says of pictures to begin with.
 fn pictures(request: &GenerateRequest) -> Result<(), ApiError> {
+    if request.reference_images.len() > MAX_REFERENCES {
+        let count = request.reference_images.len();
+        let message = format!("{count} reference_images are given, over the limit of {MAX_REFERENCES}");
+        return Err(over("reference_images", format!("0..={MAX_REFERENCES}"), message));
+    }
+    if !request.signal_id.is_empty() && !request.reference_images.is_empty() {
+        let message = "reference_images are given beside signal_id; what was read is in the signal already";
+        return Err(invalid("reference_images", message));
+    }
+    if let Some(scale) = request.image_guidance_scale {
+        if !(0.0..=MAX_GUIDANCE).contains(&scale) {
+            let message = format!("image_guidance_scale is {scale}; it must be 0 to {MAX_GUIDANCE}");
+            return Err(over("image_guidance_scale", format!("0..={MAX_GUIDANCE}"), message));
+        }
+        if request.signal_id.is_empty() && request.reference_images.is_empty() {
+            let message = "image_guidance_scale is given without reference_images, which it weighs";
+            return Err(invalid("image_guidance_scale", message));
+        }
+    }
     let mut brought = 0;
-    for (field, source) in [("init_image", &request.init_image), ("mask", &request.mask)] {
-        let Some(source) = source else { continue };
+    for (field, source) in work::pictures(request) {
         match &source.source {
             Some(Source::Data(bytes)) if !bytes.is_empty() => brought += bytes.len(),
             Some(Source::Hash(hash)) if names::is_hash(hash) => {}
@@ -191,6 +211,17 @@ pub fn resolve(
     if request.mask.is_some() && !model.inpainting {
         return Err(not_offered("mask", "none", format!("model {name} does not change parts of pictures")));
     }
+    let (references, most) = (request.reference_images.len(), model.max_reference_images);
+    if references > most as usize {
+        let message = match most {
+            0 => format!("model {name} reads no pictures"),
+            most => format!("{references} reference_images are given; model {name} reads up to {most}"),
+        };
+        return Err(not_offered("reference_images", most.to_string(), message));
+    }
+    if request.image_guidance_scale.is_some() && most == 0 {
+        return Err(not_offered("image_guidance_scale", "none", format!("model {name} reads no pictures")));
+    }
     let size = match request.size {
         None => model
             .sizes
@@ -247,6 +278,8 @@ pub fn resolve(
                 .unwrap_or_else(|| ulid::Ulid::new().random() as u64 & 0xffff_ffff),
         ),
         deadline: Some(request.deadline.unwrap_or_else(|| time::proto_duration(default_deadline))),
+        image_guidance_scale: (most > 0)
+            .then(|| request.image_guidance_scale.unwrap_or(model.default_image_guidance_scale)),
         strength: request.init_image.as_ref().map(|_| request.strength.unwrap_or(work::DEFAULT_STRENGTH)),
         sampler,
         tenant: tenants::named(&request.tenant)?.to_owned(),
@@ -277,9 +310,18 @@ pub fn encoding(request: EncodeRequest, retention: Duration) -> Result<(Generate
             }
         },
     };
-    let EncodeRequest { prompt, negative_prompt, model, time_to_live: _, deadline, lane, tenant } = request;
-    let request =
-        GenerateRequest { prompt, negative_prompt, model, deadline, lane, tenant, ..GenerateRequest::default() };
+    let EncodeRequest { prompt, negative_prompt, model, time_to_live: _, deadline, lane, tenant, reference_images } =
+        request;
+    let request = GenerateRequest {
+        prompt,
+        negative_prompt,
+        model,
+        deadline,
+        lane,
+        tenant,
+        reference_images,
+        ..GenerateRequest::default()
+    };
     syntax(&request)?;
     Ok((request, keep))
 }

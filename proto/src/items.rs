@@ -26,6 +26,8 @@ struct Line {
     init_image: Option<String>,
     strength: Option<f32>,
     mask: Option<String>,
+    reference_images: Vec<String>,
+    image_guidance_scale: Option<f32>,
 }
 
 /// Two numbers, `0.2..0.8`.
@@ -64,6 +66,8 @@ pub fn parse(line: &str, model: &str) -> Result<GenerateRequest, String> {
         init_image: line.init_image.map(picture),
         strength: line.strength,
         mask: line.mask.map(picture),
+        reference_images: line.reference_images.into_iter().map(picture).collect(),
+        image_guidance_scale: line.image_guidance_scale,
         ..GenerateRequest::default()
     };
     let format = line.format.as_deref().unwrap_or("png");

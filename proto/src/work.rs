@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::v1::{GenerateRequest, Model, Size, SizeRange};
+use crate::v1::{GenerateRequest, Model, PictureSource, Size, SizeRange};
 
 /// The longest deadline of a request.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(24 * 3600);
@@ -20,6 +20,18 @@ pub fn offers_size(model: &Model, size: Size) -> bool {
 /// Units of an image for a hand: denoising steps of a million pixels. See [`crate::v1::StageTime`].
 pub fn image_units(size: &Size, steps: u32) -> f64 {
     f64::from(steps) * f64::from(size.width) * f64::from(size.height) / 1e6
+}
+
+/// The files that a request brings or refers to, with their fields.
+pub fn pictures(request: &GenerateRequest) -> impl Iterator<Item = (&'static str, &PictureSource)> {
+    let single = [("init_image", &request.init_image), ("mask", &request.mask)];
+    let single = single.into_iter().filter_map(|(field, source)| Some((field, source.as_ref()?)));
+    single.chain(request.reference_images.iter().map(|source| ("reference_images", source)))
+}
+
+/// The same, to be changed.
+pub fn pictures_mut(request: &mut GenerateRequest) -> impl Iterator<Item = &mut PictureSource> {
+    [&mut request.init_image, &mut request.mask].into_iter().flatten().chain(&mut request.reference_images)
 }
 
 /// The share of the steps that are made of a request that begins with a picture and does not say.

@@ -10,13 +10,11 @@ use candle_core::{
     quantized::{GgmlDType, QTensor, gguf_file},
 };
 use efferent_brain::families as brains;
-use efferent_hand::{
-    families as hands,
-    pictures::{self, File},
-};
+use efferent_hand::{families as hands, pictures};
 use efferent_proto::v1::Size;
 use efferent_worker::{
     engine::{Brain, EmbedRequest, Hand, RenderRequest},
+    pictures::File,
     pipeline::Pipeline,
     signal,
 };
@@ -116,7 +114,8 @@ pub fn steps_apart(got: &RgbImage, wanted: &[f32]) -> f32 {
 
 /// What a brain makes of a prompt.
 pub fn embed(brain: &mut dyn Brain, prompt: &str, negative: &str) -> Arc<signal::ControlSignal> {
-    let request = EmbedRequest { prompt: prompt.to_owned(), negative_prompt: negative.to_owned() };
+    let request =
+        EmbedRequest { prompt: prompt.to_owned(), negative_prompt: negative.to_owned(), ..Default::default() };
     Arc::new(brain.embed(&[request]).remove(0).expect("is there"))
 }
 
@@ -189,6 +188,7 @@ pub fn begun(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<E
             guidance_scale: if name.starts_with("flux") { 3.5 } else { 4.0 },
             seed: 60,
             sampler,
+            image_guidance_scale: 1.0,
             guidance_range: 0.0..if kind == "ranged" { strength as f32 } else { 1.0 },
             guidance_rescale: if kind == "rescaled" { strength as f32 } else { 0.0 },
             picture: matches!(kind, "begun" | "partly")

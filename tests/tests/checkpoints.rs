@@ -33,7 +33,7 @@ use efferent_worker::{
 };
 
 /// Every checkpoint, with the guidance that its pipeline has by default.
-const CHECKPOINTS: [(&str, f32); 18] = [
+const CHECKPOINTS: [(&str, f32); 20] = [
     ("sd15", 7.5),
     ("sd21", 7.5),
     ("sdxl-zeros", 5.0),
@@ -53,6 +53,8 @@ const CHECKPOINTS: [(&str, f32); 18] = [
     ("metaquery", 4.5),
     ("openuni", 4.5),
     ("openuni-sd", 7.5),
+    ("metaquery-qwen2-5-vl", 4.5),
+    ("metaquery-qwen3-vl", 7.5),
 ];
 /// Longer than CLIP reads, for pipelines in which another encoder reads the whole.
 fn long() -> String {
@@ -107,6 +109,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
         guidance_scale,
         seed,
         sampler: sampler.clone(),
+        image_guidance_scale: 1.0,
         guidance_rescale: 0.0,
         guidance_range: 0.0..1.0,
         picture: None,
@@ -188,6 +191,7 @@ fn engines_keep_the_contract() {
         let read = |prompt: &str, negative: &str| EmbedRequest {
             prompt: prompt.to_owned(),
             negative_prompt: negative.to_owned(),
+            ..Default::default()
         };
         let long = "apple ".repeat(600);
         let requests = [read("a cat", ""), read(PROMPTS[2], NEGATIVE), read("", "")];
@@ -206,6 +210,7 @@ fn engines_keep_the_contract() {
                 guidance_scale,
                 seed,
                 sampler: sampler.clone(),
+                image_guidance_scale: 1.0,
                 guidance_rescale: 0.0,
                 guidance_range: 0.0..1.0,
                 picture: None,
@@ -241,6 +246,7 @@ fn two_devices_give_what_one_gives_and_only_steps_in_the_range_are_guided() {
             guidance_scale: 4.0,
             seed: 5,
             sampler: brain.spec().model.samplers[0].clone(),
+            image_guidance_scale: 1.0,
             guidance_rescale: 0.0,
             guidance_range: 0.0..1.0,
             picture: None,
@@ -289,6 +295,7 @@ fn what_does_not_fit_is_refused() {
         guidance_scale: 2.0,
         seed: 1,
         sampler: "euler".to_owned(),
+        image_guidance_scale: 1.0,
         guidance_rescale: 0.0,
         guidance_range: 0.0..1.0,
         picture: None,

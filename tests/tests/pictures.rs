@@ -4,7 +4,7 @@
 
 use std::{io::Cursor, sync::Arc};
 
-use efferent_hand::pictures::{self, File};
+use efferent_hand::pictures;
 use efferent_proto::v1::{
     GenerateRequest, JobEvent, PictureSource, PutObjectRequest, Size, job_event::Event,
     object_service_client::ObjectServiceClient, picture_source::Source,
@@ -14,7 +14,7 @@ use efferent_tests::{
     checkpoints::{PROMPTS, embed, folder, open, steps_apart},
     processes::{Cluster, connect},
 };
-use efferent_worker::{engine::RenderRequest, testing};
+use efferent_worker::{engine::RenderRequest, pictures::File, testing};
 use image::{ImageFormat, Rgb, RgbImage};
 
 fn ramp(width: u32, height: u32) -> RgbImage {
@@ -106,6 +106,7 @@ async fn a_picture_is_begun_with_wherever_its_file_comes_from() {
         guidance_scale: 2.0,
         seed: 3,
         sampler: engines.0.model(&engines.0.declared_space().unwrap()).samplers[0].clone(),
+        image_guidance_scale: 1.0,
         guidance_rescale: 0.0,
         guidance_range: 0.0..1.0,
         picture: Some(Arc::new(pictures::picture(image, Some(mask), size, 0.5).unwrap())),
@@ -162,6 +163,7 @@ fn samples_that_began_with_pictures_keep_the_contract() {
                 guidance_scale: 4.0,
                 seed,
                 sampler: sampler.clone(),
+                image_guidance_scale: 1.0,
                 guidance_rescale: 0.0,
                 guidance_range: 0.0..1.0,
                 picture: Some(Arc::new(pictures::picture(image, mask, size, strength).unwrap())),

@@ -175,7 +175,8 @@ impl Encoder {
 
     fn key(&self, request: &EmbedRequest) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
-        for part in [&*self.fingerprint, &request.prompt, &request.negative_prompt] {
+        let texts = [&*self.fingerprint, &request.prompt, &request.negative_prompt];
+        for part in texts.into_iter().chain(request.references.iter().map(|reference| &*reference.hash)) {
             // The length before each part keeps ("ab", "c") and ("a", "bc") apart.
             hasher.update(&(part.len() as u64).to_le_bytes());
             hasher.update(part.as_bytes());
@@ -275,7 +276,7 @@ mod tests {
     }
 
     fn requests(prompts: &[&str]) -> Vec<EmbedRequest> {
-        let request = |prompt: &&str| EmbedRequest { prompt: (*prompt).to_owned(), negative_prompt: String::new() };
+        let request = |prompt: &&str| EmbedRequest { prompt: (*prompt).to_owned(), ..Default::default() };
         prompts.iter().map(request).collect()
     }
 

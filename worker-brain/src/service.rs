@@ -13,14 +13,15 @@ use efferent_bus::{
 use efferent_proto::{
     internal::{BrainTask, JobRecord, ServedSignal, SharedSignal, hand_task},
     names,
-    v1::{Device, Model, Signal, WorkerRole},
+    v1::{Device, Model, PictureSource, Signal, WorkerRole, picture_source::Source},
     work::MAX_DEADLINE,
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
-    engine::{Brain, EmbedRequest, EngineError},
+    engine::{Brain, EmbedRequest, EngineError, Reference},
     intake::Intake,
     lifecycle::{Activity, InFlight, Member, Profile},
+    pictures::{File, decode, fetch},
     signal::ControlSignal,
     task::{self, Admission, Cancellations, Held},
     thread::{EngineThread, Factory},
@@ -263,10 +264,10 @@ impl Worker {
 
     /// Computes and publishes a batch. Its place is free as soon as the engine is done with it.
     async fn encode(&self, mut taken: Vec<Taken>, place: OwnedSemaphorePermit) {
-        let requests = taken.iter().map(|taken| embed_request(&taken.task)).collect();
+        let tasks: Vec<BrainTask> = taken.iter().map(|taken| taken.task.clone()).collect();
         let started = Instant::now();
         let encoding = async {
-            let outcomes = self.encoder.encode(requests).await;
+            let outcomes = self.outcomes(&tasks).await;
             drop(place);
             outcomes
         };
@@ -277,6 +278,45 @@ impl Worker {
         };
         taken.iter().for_each(|_| self.member.done(1.0, started.elapsed()));
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
+    }
+
+    /// One outcome for each task. One whose pictures cannot be read leaves the others alone.
+    async fn outcomes(&self, tasks: &[BrainTask]) -> Vec<Outcome> {
+        let requests = join_all(tasks.iter().map(|task| self.embed_request(task))).await;
+        let mut failed = Vec::new();
+        let mut readable = Vec::new();
+        for request in requests {
+            match request {
+                Ok(request) => {
+                    readable.push(request);
+                    failed.push(None);
+                }
+                Err(error) => failed.push(Some(Err(Arc::new(error)))),
+            }
+        }
+        let mut encoded = self.encoder.encode(readable).await.into_iter();
+        let missing = || Err(Arc::new(EngineError::Crashed("the engine left out a prompt of its batch".to_owned())));
+        failed.into_iter().map(|failed| failed.or_else(|| encoded.next()).unwrap_or_else(missing)).collect()
+    }
+
+    /// What a task asks to be read, with the pictures that it refers to.
+    async fn embed_request(&self, task: &BrainTask) -> Result<EmbedRequest, EngineError> {
+        let Some(request) = &task.request else { return Ok(EmbedRequest::default()) };
+        let read = request.reference_images.iter().map(|source| self.reference(source));
+        Ok(EmbedRequest {
+            prompt: request.prompt.clone(),
+            negative_prompt: request.negative_prompt.clone(),
+            references: join_all(read).await.into_iter().collect::<Result<_, _>>()?,
+        })
+    }
+
+    async fn reference(&self, source: &PictureSource) -> Result<Arc<Reference>, EngineError> {
+        let field = "reference_images";
+        let fetched = fetch(self.ledger.bus().as_ref(), field, source).await;
+        let (hash, bytes) = fetched.map_err(|error| EngineError::Missing(format!("{field}: {error}")))??;
+        let decoded = tokio::task::spawn_blocking(move || decode(File { field, bytes: &bytes })).await;
+        let image = decoded.map_err(|error| EngineError::Crashed(error.to_string()))??;
+        Ok(Arc::new(Reference { hash, image }))
     }
 
     async fn admit(&self, delivery: Delivery) -> Option<(InFlight, BrainTask, efferent_bus::Result<Admission>)> {
@@ -339,6 +379,7 @@ impl Worker {
             length,
             prompt: request.prompt,
             negative_prompt: request.negative_prompt,
+            reference_images: request.reference_images.into_iter().filter_map(hash).collect(),
             ..Signal::default()
         };
         held.patiently(|| self.ledger.keep_signal(kept.clone(), keep)).await?;
@@ -423,10 +464,9 @@ impl Worker {
     }
 }
 
-fn embed_request(task: &BrainTask) -> EmbedRequest {
-    let request = task.request.as_ref();
-    EmbedRequest {
-        prompt: request.map(|r| r.prompt.clone()).unwrap_or_default(),
-        negative_prompt: request.map(|r| r.negative_prompt.clone()).unwrap_or_default(),
+fn hash(source: PictureSource) -> Option<String> {
+    match source.source? {
+        Source::Hash(hash) => Some(hash),
+        Source::Data(_) => None,
     }
 }

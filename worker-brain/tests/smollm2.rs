@@ -84,7 +84,7 @@ fn the_contract_holds() {
     let source =
         Source { pipeline: Pipeline::open(&folder).unwrap(), weights: Some(weights()), devices: vec![Device::Cpu] };
     let mut brain = smollm2::load(&source).unwrap();
-    let request = |prompt: &str| EmbedRequest { prompt: prompt.to_owned(), negative_prompt: String::new() };
+    let request = |prompt: &str| EmbedRequest { prompt: prompt.to_owned(), ..Default::default() };
     let prompts = [
         "a",
         "two penguins in the snow",

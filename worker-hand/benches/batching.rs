@@ -94,6 +94,7 @@ async fn step_level(arrivals: &[Duration], start: Instant) -> Times {
             guidance_scale: 1.0,
             seed: 0,
             sampler: String::new(),
+            image_guidance_scale: 1.0,
             guidance_rescale: 0.0,
             guidance_range: 0.0..1.0,
             picture: None,

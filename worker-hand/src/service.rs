@@ -6,19 +6,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use bytes::Bytes;
 use efferent_bus::{
     Delivery,
     ledger::{Ledger, Outcome, Transition, transition},
-    read_object,
 };
 use efferent_proto::{
     ApiError,
     internal::{ControlSignal, HandTask},
     names, time,
     v1::{
-        Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, PictureSource, Preview, Step, WorkerRole,
-        job_event::Event, picture_source::Source,
+        Device, ErrorCode, GenerateRequest, Image, JobEvent, Lane, Model, Preview, Step, WorkerRole, job_event::Event,
     },
     work,
 };
@@ -27,6 +24,7 @@ use efferent_worker::{
     engine::{EngineError, Hand, Picture, RenderRequest},
     intake::{self, IDLE_WAIT},
     lifecycle::{Activity, Member, Profile},
+    pictures::{File, fetch},
     task::{self, Admission, BRISK, Cancellations, Held},
     thread::Factory,
     watchdog::{Hang, Watchdog},
@@ -44,7 +42,7 @@ use crate::{
     checkpoints::Checkpoints,
     encode as files,
     engine_loop::{Checkpoint, EngineLoop, Order, Rules, Update},
-    pictures::{self, File},
+    pictures,
     places::{Place, Places},
     signals::{Absent, Signals},
 };
@@ -367,16 +365,7 @@ impl Worker {
         tokio::time::sleep(self.leaving / 2).await;
     }
 
-    /// A file that a request refers to; the inner error is the task's, the outer one the bus's.
-    async fn file(&self, field: &str, source: &PictureSource) -> efferent_bus::Result<Result<Bytes, EngineError>> {
-        let missing = |what: &str| EngineError::Missing(format!("{field} {what} is not in the object store"));
-        // The coordinator has put whatever a request brought.
-        let Some(Source::Hash(hash)) = &source.source else { return Ok(Err(missing("of a request"))) };
-        let found = read_object(self.ledger.bus().as_ref(), hash).await?;
-        Ok(found.ok_or_else(|| missing(hash)))
-    }
-
-    /// The picture that a request begins with, if any; errors as those of [`Worker::file`].
+    /// The picture that a request begins with, if any; errors as those of [`fetch`].
     async fn picture(
         &self,
         request: &GenerateRequest,
@@ -386,13 +375,14 @@ impl Worker {
             let message = format!("model {} does not begin with pictures", self.model.name);
             return Ok(Err(ApiError::new(ErrorCode::NotOffered, message).field("init_image").into()));
         }
-        let image = match self.file("init_image", image).await? {
-            Ok(image) => image,
+        let bus = self.ledger.bus().as_ref();
+        let image = match fetch(bus, "init_image", image).await? {
+            Ok((_, image)) => image,
             Err(error) => return Ok(Err(error)),
         };
         let mask = match &request.mask {
-            Some(mask) => match self.file("mask", mask).await? {
-                Ok(mask) => Some(mask),
+            Some(mask) => match fetch(bus, "mask", mask).await? {
+                Ok((_, mask)) => Some(mask),
                 Err(error) => return Ok(Err(error)),
             },
             None => None,
@@ -552,6 +542,7 @@ fn render_request(
         size: request.size.unwrap_or_default(),
         steps: request.steps(),
         guidance_scale: request.guidance_scale(),
+        image_guidance_scale: request.image_guidance_scale.unwrap_or(1.0),
         guidance_rescale: request.guidance_rescale(),
         guidance_range: request.guidance_start.unwrap_or(0.0)..request.guidance_stop.unwrap_or(1.0),
         seed,

@@ -151,6 +151,7 @@ impl Rig {
             guidance_scale: 1.0,
             seed,
             sampler,
+            image_guidance_scale: 1.0,
             guidance_rescale: 0.0,
             guidance_range: 0.0..1.0,
             picture: None,

@@ -335,8 +335,8 @@ impl Batches {
         if !item.tenant.is_empty() {
             return Err(invalid("tenant", "an item has no tenant of its own; the batch has one"));
         }
-        for (field, source) in [("init_image", &item.init_image), ("mask", &item.mask)] {
-            if source.as_ref().is_some_and(|source| matches!(source.source, Some(Source::Data(_)))) {
+        for (field, source) in work::pictures(item) {
+            if matches!(source.source, Some(Source::Data(_))) {
                 return Err(invalid(field, "an item tells a picture by its hash: put it with ObjectService"));
             }
         }

@@ -89,12 +89,23 @@ pub struct EngineSpec {
 }
 
 /// A prompt to read.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 pub struct EmbedRequest {
     /// What to draw.
     pub prompt: String,
     /// What to keep out of the picture; empty for nothing.
     pub negative_prompt: String,
+    /// Pictures that are read before either. Only for models that offer it.
+    pub references: Vec<Arc<Reference>>,
+}
+
+/// A picture for a brain to read.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Reference {
+    /// BLAKE3 (hex) of its file.
+    pub hash: String,
+    /// The picture.
+    pub image: RgbImage,
 }
 
 /// Computes control signals.
@@ -124,6 +135,8 @@ pub struct RenderRequest {
     pub steps: u32,
     /// Strength of guidance; 1.0 means none.
     pub guidance_scale: f32,
+    /// How strongly pictures that the brain has read steer; 1.0 and below mean no guidance by them. Only for signals with pictures.
+    pub image_guidance_scale: f32,
     /// How much of the contrast that guidance adds is taken back, 0 to 1. Only for models that offer it.
     pub guidance_rescale: f32,
     /// Between which parts of the steps there is guidance: 0..1 for all.

@@ -14,6 +14,7 @@ pub mod intake;
 pub mod lifecycle;
 pub mod memory;
 pub mod nn;
+pub mod pictures;
 pub mod pipeline;
 pub mod roster;
 pub mod signal;

@@ -55,6 +55,8 @@ pub fn model() -> Model {
         inpainting: false,
         guidance_rescale: false,
         guidance_range: false,
+        max_reference_images: 0,
+        default_image_guidance_scale: 0.0,
         size_range: None,
         live_brains: 0,
         live_hands: 0,

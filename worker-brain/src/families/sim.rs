@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_contract_holds() {
-        let request = |prompt: String| EmbedRequest { prompt, negative_prompt: String::new() };
+        let request = |prompt: String| EmbedRequest { prompt, ..Default::default() };
         let requests = ["a", "a cat", "a cat on a mat"].map(|prompt| request(prompt.to_owned()));
         let mut brain = factory(Cost::default())().unwrap();
         efferent_worker::testing::check_brain(brain.as_mut(), &requests, &request("word ".repeat(600)));

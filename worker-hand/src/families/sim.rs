@@ -205,6 +205,7 @@ mod tests {
             guidance_scale: 1.0,
             seed,
             sampler: "euler".to_owned(),
+            image_guidance_scale: 1.0,
             guidance_rescale: 0.0,
             guidance_range: 0.0..1.0,
             picture: None,

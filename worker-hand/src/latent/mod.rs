@@ -29,7 +29,7 @@ use image::{GrayImage, RgbImage};
 use serde::{Deserialize, de::DeserializeOwned};
 
 pub use self::{
-    guidance::{guide, guided, rescaled},
+    guidance::{Strength, guide, guiding, rescaled},
     texts::{FilledText, filled_text, pooled, text},
 };
 use crate::{

@@ -17,25 +17,27 @@ fn stream(signal: &ControlSignal, branch: Branch) -> Result<&ControlStream, Engi
         .ok_or_else(|| malformed(format!("there is no text stream of {}", branch.as_str_name())))
 }
 
-/// The text of a signal (1 or 2, tokens, width): with guidance, the branch without the prompt comes last.
+/// The text of a signal on these branches (branches, tokens, width), that with the prompt first.
 ///
 /// # Errors
 /// If a branch is missing, or of another width or length.
-pub fn text(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
+pub fn text(signal: &ControlSignal, branches: &[Branch], width: usize, device: &Device) -> Result<Tensor, EngineError> {
     let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
     let find = |branch: Branch| Ok::<_, EngineError>(signal::tensor(stream(signal, branch)?, device)?);
     let positive = find(Branch::Conditional)?;
     if positive.dim(1)? != width {
         return Err(malformed(format!("states of {} channels, the network reads {width}", positive.dim(1)?)));
     }
-    let mut branches = vec![positive.clone()];
-    if guided {
-        branches.push(if zeros { positive.zeros_like()? } else { find(Branch::Unconditional)? });
+    let text = |branch: &Branch| match branch {
+        Branch::Conditional => Ok(positive.clone()),
+        Branch::Unconditional if zeros => Ok(positive.zeros_like()?),
+        other => find(*other),
+    };
+    let texts = branches.iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    if texts.iter().any(|text| text.dims() != positive.dims()) {
+        return Err(malformed("the text streams differ in length"));
     }
-    if branches.iter().any(|branch| branch.dims() != positive.dims()) {
-        return Err(malformed("the two text streams differ in length"));
-    }
-    Ok(Tensor::stack(&branches, 0)?)
+    Ok(Tensor::stack(&texts, 0)?)
 }
 
 /// A text, filled up to a number of tokens that others have too.
@@ -71,20 +73,28 @@ pub fn filled_text(
     })
 }
 
-/// The pooled text of a signal (1 or 2, width), as [`text`].
+/// The pooled text of a signal (branches, width), as [`text`]. Signals with pictures have none.
 ///
 /// # Errors
 /// If a branch is missing, of another width, or not finite.
-pub fn pooled(signal: &ControlSignal, guided: bool, width: usize, device: &Device) -> Result<Tensor, EngineError> {
+pub fn pooled(
+    signal: &ControlSignal,
+    branches: &[Branch],
+    width: usize,
+    device: &Device,
+) -> Result<Tensor, EngineError> {
     let zeros = signal.unconditional() == UnconditionalPolicy::Zeros;
     let find = |label: &str| {
         let found = signal.pooled.iter().find(|vector| vector.label == label);
         found.map(|vector| vector.values.clone()).ok_or_else(|| malformed(format!("there is no {label} pooled vector")))
     };
-    let mut vectors = vec![find(CONDITIONAL)?];
-    if guided {
-        vectors.push(if zeros { vec![0.0; vectors[0].len()] } else { find(UNCONDITIONAL)? });
-    }
+    let vector = |branch: &Branch| match branch {
+        Branch::Conditional => find(CONDITIONAL),
+        Branch::Unconditional if zeros => Ok(vec![0.0; width]),
+        Branch::Unconditional => find(UNCONDITIONAL),
+        Branch::ImageConditional => Err(malformed("nothing is pooled of pictures")),
+    };
+    let vectors = branches.iter().map(vector).collect::<Result<Vec<_>, _>>()?;
     if vectors.iter().any(|vector| vector.len() != width || vector.iter().any(|value| !value.is_finite())) {
         return Err(malformed(format!("a pooled vector is not of {width} finite values")));
     }

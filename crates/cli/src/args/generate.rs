@@ -62,6 +62,12 @@ pub(crate) struct Generate {
     /// Where --init-image may change, for models that offer it: a picture of which white may, and black stays.
     #[arg(long, value_name = "FILE", requires = "init_image")]
     pub(crate) mask: Option<PathBuf>,
+    /// A PNG, JPEG or WebP for the brain to read before the prompt, for models that offer it; again for more, in the order in which the prompt speaks of them.
+    #[arg(long = "reference-image", value_name = "FILE")]
+    pub(crate) reference_images: Vec<PathBuf>,
+    /// How strongly reference images steer beside the prompt, 0.0 to 30.0; 1.0 and below mean no guidance by them. Default: the model's.
+    #[arg(long, value_name = "SCALE")]
+    pub(crate) image_guidance: Option<f32>,
     /// Time allowed for all images, above 0 and up to 24h: 90s, 5m. Default: the server's (10m).
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) deadline: Option<Duration>,
@@ -101,6 +107,9 @@ pub(crate) struct Encode {
     /// What to keep out of the picture, for models that offer it.
     #[arg(long, value_name = "TEXT")]
     pub(crate) negative: Option<String>,
+    /// A PNG, JPEG or WebP for the brain to read before the prompt, for models that offer it; again for more.
+    #[arg(long = "reference-image", value_name = "FILE")]
+    pub(crate) reference_images: Vec<PathBuf>,
     /// How long to keep the signal, up to the cluster's retention time (7 days): 2h, 3days. Default: 24h.
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) keep: Option<Duration>,

@@ -53,6 +53,8 @@ pub(crate) async fn request(
         init_image: pictures::put(server, args.init_image.as_deref()).await?,
         strength: args.strength,
         mask: pictures::put(server, args.mask.as_deref()).await?,
+        reference_images: pictures::put_each(server, &args.reference_images).await?,
+        image_guidance_scale: args.image_guidance,
         ..Default::default()
     };
     request.set_format(plan.format.proto());

@@ -85,6 +85,8 @@ pub(crate) fn request(request: &GenerateRequest) -> Value {
         "init_image": picture(request.init_image.as_ref()),
         "strength": request.strength,
         "mask": picture(request.mask.as_ref()),
+        "reference_images": request.reference_images.iter().map(|source| picture(Some(source))).collect::<Vec<_>>(),
+        "image_guidance_scale": request.image_guidance_scale,
     })
 }
 
@@ -97,6 +99,7 @@ pub(crate) fn signal(signal: &Signal) -> Value {
         "length": signal.length,
         "prompt": signal.prompt,
         "negative_prompt": signal.negative_prompt,
+        "reference_images": signal.reference_images,
         "created_at_ms": ms(signal.created_at.as_ref()),
         "expires_at_ms": ms(signal.expires_at.as_ref()),
     })
@@ -224,6 +227,8 @@ pub(crate) fn model(model: &Model) -> Value {
         "inpainting": model.inpainting,
         "guidance_rescale": model.guidance_rescale,
         "guidance_range": model.guidance_range,
+        "max_reference_images": model.max_reference_images,
+        "default_image_guidance_scale": model.default_image_guidance_scale,
         "live_brains": model.live_brains,
         "live_hands": model.live_hands,
     })

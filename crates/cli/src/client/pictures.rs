@@ -1,4 +1,4 @@
-//! Pictures that requests begin with: from files to a server's object store.
+//! Pictures that requests refer to: from files to a server's object store.
 
 use std::{
     collections::HashMap,
@@ -8,6 +8,7 @@ use std::{
 use efferent_proto::{
     names,
     v1::{GenerateRequest, PictureSource, picture_source::Source},
+    work,
 };
 
 use crate::{
@@ -27,14 +28,26 @@ pub(crate) async fn put(server: &mut Server, path: Option<&Path>) -> Result<Opti
     Ok(Some(PictureSource { source: Some(Source::Hash(hash)) }))
 }
 
+/// Has a server keep several files.
+///
+/// # Errors
+/// As [`put`].
+pub(crate) async fn put_each(server: &mut Server, paths: &[PathBuf]) -> Result<Vec<PictureSource>, Failure> {
+    let mut kept = Vec::new();
+    for path in paths {
+        kept.extend(put(server, Some(path)).await?);
+    }
+    Ok(kept)
+}
+
 /// Has a server keep the files that items name instead of hashes, each once, and puts their hashes there. Their paths start at `folder`.
 ///
 /// # Errors
 /// As [`put`].
 pub(crate) async fn put_all(server: &mut Server, items: &mut [GenerateRequest], folder: &Path) -> Result<(), Failure> {
     let mut known: HashMap<PathBuf, PictureSource> = HashMap::new();
-    for source in items.iter_mut().flat_map(|item| [&mut item.init_image, &mut item.mask]) {
-        let Some(Source::Hash(named)) = source.as_ref().and_then(|source| source.source.as_ref()) else { continue };
+    for source in items.iter_mut().flat_map(work::pictures_mut) {
+        let Some(Source::Hash(named)) = &source.source else { continue };
         if names::is_hash(named) {
             continue;
         }
@@ -44,7 +57,9 @@ pub(crate) async fn put_all(server: &mut Server, items: &mut [GenerateRequest], 
         {
             known.insert(path.clone(), kept);
         }
-        *source = known.get(&path).cloned();
+        if let Some(kept) = known.get(&path) {
+            *source = kept.clone();
+        }
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::{
     args,
-    client::{Server, json},
+    client::{Server, json, pictures},
     exit::Failure,
     output, settings,
 };
@@ -29,6 +29,7 @@ pub(crate) async fn encode(
         time_to_live: args.keep.map(time::proto_duration),
         deadline: args.deadline.map(time::proto_duration),
         tenant: settings.tenant.clone(),
+        reference_images: pictures::put_each(&mut server, &args.reference_images).await?,
         ..EncodeRequest::default()
     };
     request.set_lane(args.lane.proto());

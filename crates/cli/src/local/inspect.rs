@@ -92,7 +92,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         format!("; any of sides {} to {} that are multiples of {}", range.min_side, range.max_side, range.multiple)
     });
     output::line(format_args!(
-        "sizes: {}{range}\nsamplers: {}\nsteps: {} (up to {}), guidance: {} (up to {}), prompt: up to {} tokens, negative prompt: {}, image to image: {}, inpainting: {}, guidance rescale: {}, guidance range: {}",
+        "sizes: {}{range}\nsamplers: {}\nsteps: {} (up to {}), guidance: {} (up to {}), prompt: up to {} tokens, negative prompt: {}, image to image: {}, inpainting: {}, guidance rescale: {}, guidance range: {}, reference images: {}",
         sizes.join(", "),
         model.samplers.join(", "),
         model.default_steps,
@@ -105,6 +105,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         yes(model.inpainting),
         yes(model.guidance_rescale),
         yes(model.guidance_range),
+        model.max_reference_images,
     ))
 }
 

@@ -180,7 +180,8 @@ impl Vision {
         };
         let merged = width * merge * merge;
         let merger = |weights: &mut Weights, name: &str, late: bool| {
-            let [norm, up, down] = if windowed { ["ln_q", "mlp.0", "mlp.2"] } else { ["norm", "linear_fc1", "linear_fc2"] };
+            let [norm, up, down] =
+                if windowed { ["ln_q", "mlp.0", "mlp.2"] } else { ["norm", "linear_fc1", "linear_fc2"] };
             let normed = if late { merged } else { width };
             Merger {
                 norm: Norm::new(weights, &format!("{name}.{norm}"), normed, windowed),
@@ -279,7 +280,13 @@ impl Vision {
 
 impl Layer {
     /// x: (patches, width). `lengths`: how many patches, one after the other, see each other; all without.
-    fn forward(&self, x: &Tensor, heads: usize, (cos, sin): (&Tensor, &Tensor), lengths: Option<&[usize]>) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        heads: usize,
+        (cos, sin): (&Tensor, &Tensor),
+        lengths: Option<&[usize]>,
+    ) -> Result<Tensor> {
         let (patches, width) = x.dims2()?;
         let qkv = self.qkv.forward(&self.norms[0].forward(x)?)?.reshape((1, patches, 3 * heads, width / heads))?;
         let part = |index: usize| qkv.narrow(2, index * heads, heads);

@@ -156,6 +156,12 @@ pub struct Offers {
     /// Whether `guidance_start` and `guidance_stop` may be set.
     #[serde(default)]
     pub guidance_range: bool,
+    /// Pictures that the brain reads of `reference_images`.
+    #[serde(default)]
+    pub max_reference_images: u32,
+    /// `image_guidance_scale` of requests that do not say.
+    #[serde(default)]
+    pub default_image_guidance_scale: f32,
 }
 
 /// Sizes of pictures by rule.
@@ -412,6 +418,8 @@ impl Pipeline {
             inpainting: offers.inpainting,
             guidance_rescale: offers.guidance_rescale,
             guidance_range: offers.guidance_range,
+            max_reference_images: offers.max_reference_images,
+            default_image_guidance_scale: offers.default_image_guidance_scale,
             size_range: offers.size_range.as_ref().map(|range| SizeRange {
                 multiple: range.multiple,
                 min_side: range.min_side,

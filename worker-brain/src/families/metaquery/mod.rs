@@ -1,8 +1,12 @@
 //! A frozen language model that learnable queries are appended to, and a connector from what stands at them to a hand's control space: MetaQuery, OpenUni.
 //!
-//! The language model is a folder as transformers saves it; of a model that also sees, its language half is read. Prompts alone are read so far, no pictures.
+//! The language model is a folder as transformers saves it; of a model that also sees, its language half is read, and what sees if the pipeline wants pictures read ([`pictures`]).
 //!
 //! Source: facebookresearch/metaquery 206f6de, `models/model.py`; wusize/OpenUni d1703fc, `src/models/openuni`.
+
+mod pictures;
+
+use std::collections::HashSet;
 
 use candle_core::{DType, Device, Tensor};
 use efferent_proto::{
@@ -12,13 +16,14 @@ use efferent_proto::{
 };
 use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, EngineSpec},
-    nn::decoder::Decoder,
+    nn::decoder::{Decoder, Sight},
     pipeline::{Part, Pipeline},
     signal,
     weights::Weights,
 };
 use serde::Deserialize;
 
+use self::pictures::{Eyes, Shown, View};
 use super::{Source, text_encoders::tokenizer::Tokenizer, unloadable};
 use crate::{
     connectors::{metaquery, openuni},
@@ -46,6 +51,9 @@ struct Config {
     queries: Queries,
     /// Most tokens of a prompt, the template not included.
     max_tokens: usize,
+    /// How pictures are read, if they are.
+    #[serde(default)]
+    pictures: Option<pictures::Config>,
 }
 
 /// Where learnable queries are.
@@ -83,6 +91,7 @@ struct MetaQuery {
     /// Tokens of the template.
     around: usize,
     language: Decoder,
+    eyes: Option<Eyes>,
     /// (1, queries, states)
     queries: Tensor,
     connector: Connector,
@@ -126,6 +135,8 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
             format!("the connector reads {states} channels, the language model has {}", language.config().width);
         return Err(refused("connector.config.states", message));
     }
+    let folder = pipeline.folder().join(&config.language_model);
+    let eyes = config.pictures.clone().map(|pictures| Eyes::open(pictures, &folder, states, device)).transpose()?;
     let rows = match (&config.queries, beside) {
         (Queries::Embeddings, Some(rows)) => rows.unsqueeze(0)?,
         (Queries::Rows(name), _) => {
@@ -143,8 +154,13 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         return Err(refused("connector.config", format!("the connector gives {ours}, the hand wants {wanted}")));
     }
     let around = encode(&format!("{}{}", config.template.0, config.template.1))?.len();
-    let longest = around + config.max_tokens + queries;
-    let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_TEXTS * longest, simulated: false };
+    let longest = around + config.max_tokens + queries + eyes.as_ref().map_or(0, Eyes::most_tokens);
+    let model = pipeline.model(&space);
+    if (model.max_reference_images > 0) != eyes.is_some() {
+        let message = "offers.max_reference_images and brain.config.pictures go together".to_owned();
+        return Err(refused("offers.max_reference_images", message));
+    }
+    let spec = EngineSpec { model, max_batch: MAX_TEXTS * longest, simulated: false };
     let template = blake3::hash(pipeline.brain().config.to_string().as_bytes());
     let header = ControlHeader {
         schema_version: signal::SCHEMA_VERSION,
@@ -162,6 +178,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         tokenizer,
         around,
         language,
+        eyes,
         queries,
         connector,
         unconditional,
@@ -215,6 +232,25 @@ impl MetaQuery {
         format!("{before}{prompt}{after}")
     }
 
+    /// What a request wants read on each branch: with the prompt, without it, and, if there are pictures, without the prompt and with them. Without them means with black ones, as MetaQuery does.
+    fn wanted(&self, request: &EmbedRequest) -> Vec<(Branch, Text)> {
+        let text = |text: String, pictures: &[Shown]| Text { text, pictures: pictures.to_vec() };
+        let prompt = self.written(&request.prompt);
+        if request.references.is_empty() {
+            let negative = text(self.negative(request), &[]);
+            return vec![(Branch::Conditional, text(prompt, &[])), (Branch::Unconditional, negative)];
+        }
+        let negative = self.written(&request.negative_prompt);
+        let shown: Vec<Shown> = request.references.iter().cloned().map(Shown::Picture).collect();
+        let black: Vec<Shown> =
+            request.references.iter().map(|reference| Shown::Black(reference.image.dimensions())).collect();
+        vec![
+            (Branch::Conditional, text(prompt, &shown)),
+            (Branch::Unconditional, text(negative.clone(), &black)),
+            (Branch::ImageConditional, text(negative, &shown)),
+        ]
+    }
+
     /// What is read for guidance.
     fn negative(&self, request: &EmbedRequest) -> String {
         match &self.config.unconditional {
@@ -238,25 +274,33 @@ impl MetaQuery {
     }
 
     /// The control tokens (queries, width) of a text.
-    fn control(&self, text: &str) -> Result<Tensor, EngineError> {
-        let ids = Tensor::new(self.ids(text)?, self.language.device())?.unsqueeze(0)?;
-        let read = Tensor::cat(&[&self.language.embed(&ids)?, &self.queries], 1)?;
+    fn control(&self, text: &Text, views: &Encoded<Shown, View>) -> Result<Tensor, EngineError> {
+        let embedded = |text: &str| {
+            let ids = Tensor::new(self.ids(text)?, self.language.device())?.unsqueeze(0)?;
+            Ok::<_, EngineError>(self.language.embed(&ids)?)
+        };
+        let (read, sight) = match &self.eyes {
+            Some(eyes) if !text.pictures.is_empty() => {
+                let (before, after) = text.text.split_at(self.config.template.0.len());
+                let views = text.pictures.iter().map(|shown| views.get(shown)).collect::<Result<Vec<_>, _>>()?;
+                eyes.read([before, after], &views, &self.queries, embedded)?
+            }
+            _ => (Tensor::cat(&[&embedded(&text.text)?, &self.queries], 1)?, Sight::default()),
+        };
         let (_, tokens, _) = read.dims3()?;
         let (queries, layers) = (self.queries.dim(1)?, self.language.config().layers);
-        let present = Tensor::ones((1, tokens), DType::F32, ids.device())?;
-        let states = self.language.states(&read, &present, &[layers])?;
+        let present = Tensor::ones((1, tokens), DType::F32, read.device())?;
+        let states = self.language.states_with(&read, &present, &[layers], &sight)?;
         let last = states.first().ok_or_else(|| EngineError::Crashed("no states".to_owned()))?;
         let asked = self.language.final_norm(&last.narrow(1, tokens - queries, queries)?.contiguous()?)?;
         Ok(self.connector.forward(&asked)?.get(0)?.to_device(&Device::Cpu)?)
     }
 
-    fn signal(&self, positive: &Tensor, negative: &Tensor) -> Result<ControlSignal, EngineError> {
+    fn signal(&self, controls: &[(Branch, Tensor)]) -> Result<ControlSignal, EngineError> {
+        let stream = |(branch, control): &(Branch, Tensor)| signal::stream(StreamRole::Query, *branch, control);
         Ok(ControlSignal {
             header: Some(self.header.clone()),
-            streams: vec![
-                signal::stream(StreamRole::Query, Branch::Conditional, positive)?,
-                signal::stream(StreamRole::Query, Branch::Unconditional, negative)?,
-            ],
+            streams: controls.iter().map(stream).collect::<candle_core::Result<_>>()?,
             unconditional: UnconditionalPolicy::Branch.into(),
             guidance_formula: GuidanceFormula::Unconditional.into(),
             ..Default::default()
@@ -277,33 +321,52 @@ impl Brain for MetaQuery {
     fn tokens(&self, request: &EmbedRequest) -> Result<usize, EngineError> {
         self.check("prompt", &request.prompt)?;
         self.check("negative_prompt", &request.negative_prompt)?;
+        let offered = self.spec.model.max_reference_images;
+        if request.references.len() > offered as usize {
+            let message = format!("{} pictures to read; this model reads {offered}", request.references.len());
+            let refusal = ApiError::new(ErrorCode::NotOffered, message).field("reference_images");
+            return Err(refusal.limit(offered.to_string()).into());
+        }
+        if let Some(eyes) = &self.eyes {
+            request.references.iter().try_for_each(|reference| eyes.check(reference.image.dimensions()))?;
+        }
         // Every text is as long as the longest may be.
         Ok(self.spec.max_batch / MAX_TEXTS)
     }
 
     fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
-        let empty = self.negative(&EmbedRequest { prompt: String::new(), negative_prompt: String::new() });
-        let checked: Vec<Result<(), EngineError>> =
-            batch.iter().map(|request| self.tokens(request).map(drop)).collect();
-        let mut texts: Vec<String> = Vec::new();
-        for (request, _) in batch.iter().zip(&checked).filter(|(_, checked)| checked.is_ok()) {
-            for text in [self.written(&request.prompt), self.negative(request)] {
-                let known = texts.contains(&text) || (text == empty && self.unconditional.is_some());
-                if !known {
-                    texts.push(text);
-                }
+        let empty = Text { text: self.negative(&EmbedRequest::default()), pictures: Vec::new() };
+        let checked = batch.iter().map(|request| self.tokens(request).map(|_| self.wanted(request)));
+        let wanted: Vec<Result<Vec<(Branch, Text)>, EngineError>> = checked.collect();
+        let mut texts: Vec<Text> = Vec::new();
+        for (_, text) in wanted.iter().flatten().flatten() {
+            let known = texts.contains(text) || (*text == empty && self.unconditional.is_some());
+            if !known {
+                texts.push(text.clone());
             }
         }
-        let found = Encoded::new(texts, |text| self.control(text));
+        // A picture is read on two branches, and may be in several requests: it is looked at once.
+        let shown: HashSet<Shown> = texts.iter().flat_map(|text| text.pictures.iter().cloned()).collect();
+        let blind = || EngineError::Crashed("there is nothing that sees".to_owned());
+        let views = Encoded::new(shown.into_iter().collect(), |shown| {
+            self.eyes.as_ref().ok_or_else(blind).and_then(|eyes| eyes.see(shown))
+        });
+        let found = Encoded::new(texts, |text| self.control(text, &views));
         if self.unconditional.is_none() {
             self.unconditional = found.get(&empty).ok().cloned();
         }
-        let look = |text: String| match &self.unconditional {
-            Some(control) if text == empty => Ok(control.clone()),
-            _ => found.get(&text).cloned(),
+        let look = |(branch, text): (Branch, Text)| match &self.unconditional {
+            Some(control) if text == empty => Ok((branch, control.clone())),
+            _ => Ok((branch, found.get(&text).cloned()?)),
         };
-        let signal =
-            |request: &EmbedRequest| self.signal(&look(self.written(&request.prompt))?, &look(self.negative(request))?);
-        batch.iter().zip(checked).map(|(request, checked)| checked.and_then(|()| signal(request))).collect()
+        let controls = |wanted: Vec<(Branch, Text)>| wanted.into_iter().map(look).collect::<Result<Vec<_>, _>>();
+        wanted.into_iter().map(|wanted| wanted.and_then(controls).and_then(|found| self.signal(&found))).collect()
     }
+}
+
+/// What is read in one pass: a text, and pictures that stand before the prompt in it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Text {
+    text: String,
+    pictures: Vec<Shown>,
 }

@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
-use efferent_proto::{ApiError, v1::ErrorCode};
+use efferent_proto::{ApiError, internal::Branch, v1::ErrorCode};
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
@@ -90,8 +90,8 @@ impl Network for Flux {
     fn condition(&self, request: &RenderRequest, device: &Device) -> std::result::Result<Condition, EngineError> {
         let signal = &request.signal;
         let config = self.transformer.config();
-        let states = latent::text(signal, false, config.joint_attention_dim, device)?;
-        let pooled = latent::pooled(signal, false, config.pooled_projection_dim, device)?;
+        let states = latent::text(signal, &[Branch::Conditional], config.joint_attention_dim, device)?;
+        let pooled = latent::pooled(signal, &[Branch::Conditional], config.pooled_projection_dim, device)?;
         Ok(Condition { states, pooled, guidance: request.guidance_scale })
     }
 

@@ -73,6 +73,7 @@ fn request(control: &Tensor, hand: &Pictogram) -> RenderRequest {
         guidance_scale: 2.5,
         seed: 7,
         sampler: "euler".to_owned(),
+        image_guidance_scale: 1.0,
         guidance_rescale: 0.0,
         guidance_range: 0.0..1.0,
         picture: None,

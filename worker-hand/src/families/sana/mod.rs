@@ -15,7 +15,7 @@ use efferent_worker::{
 
 use crate::{
     families::Setup,
-    latent::{self, Branches, FilledText, Network, Question, Shape},
+    latent::{self, Branches, FilledText, Network, Question, Shape, Strength},
     networks::{LatentSpace, dc_autoencoder::DcAutoencoder, sana::Sana as Transformer},
 };
 
@@ -33,7 +33,7 @@ struct Sana {
 struct Condition {
     /// With the prompt, and without it if there is classifier-free guidance.
     texts: Vec<FilledText>,
-    guidance: f32,
+    strength: Strength,
 }
 
 /// Loads the hand of a pipeline.
@@ -68,14 +68,13 @@ impl Network for Sana {
 
     fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Condition, EngineError> {
         let signal = &request.signal;
-        let guidance = request.guidance_scale;
         let text = |branch| latent::filled_text(signal, branch, self.width(), MULTIPLE, device);
-        let mut texts = vec![text(Branch::Conditional)?];
         // Sprint is told the strength instead.
-        if !self.transformer.config().guidance_embeds && latent::guided(guidance).is_some() {
-            texts.push(text(Branch::Unconditional)?);
-        }
-        Ok(Condition { texts, guidance })
+        let branches = match self.transformer.config().guidance_embeds {
+            true => vec![Branch::Conditional],
+            false => latent::guiding(request),
+        };
+        Ok(Condition { texts: branches.into_iter().map(text).collect::<Result<_, _>>()?, strength: request.into() })
     }
 
     fn kind(condition: &Condition) -> String {
@@ -88,7 +87,7 @@ impl Network for Sana {
     }
 
     fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
-        latent::guide(latent::guided(condition.guidance), answers)
+        latent::guide(condition.strength, answers)
     }
 
     fn evaluate(
@@ -102,7 +101,7 @@ impl Network for Sana {
         let numbers = |of: fn(&Question<'_, Condition>) -> f32| {
             Tensor::from_vec(questions.iter().map(of).collect::<Vec<_>>(), questions.len(), device)
         };
-        let (times, guidance) = (numbers(|q| q.time)?, numbers(|q| q.condition.guidance)?);
+        let (times, guidance) = (numbers(|q| q.time)?, numbers(|q| q.condition.strength.prompt)?);
         let told = self.transformer.config().guidance_embeds;
         let mut answers = vec![Branches::new(); questions.len()];
         // The two texts of a sample need not be of one length, so they are not computed together.

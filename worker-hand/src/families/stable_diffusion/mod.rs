@@ -13,7 +13,7 @@ use efferent_worker::{
 
 use crate::{
     families::Setup,
-    latent::{self, Branches, Network, Question, Shape, guide, guided, rescaled},
+    latent::{self, Branches, Network, Question, Shape, Strength, guide, rescaled},
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
@@ -33,11 +33,11 @@ struct StableDiffusion {
 /// What a sample is conditioned on, with the branch without the prompt last, if there is guidance.
 #[derive(Debug)]
 struct Condition {
-    /// (1 or 2, tokens, width)
+    /// (branches, tokens, width)
     context: Tensor,
-    /// For networks that want it: (1 or 2, width) and (1 or 2, [`SIZES`]).
+    /// For networks that want it: (branches, width) and (branches, [`SIZES`]).
     added: Option<(Tensor, Tensor)>,
-    guidance: Option<f32>,
+    strength: Strength,
     rescale: f32,
 }
 
@@ -83,19 +83,19 @@ impl Network for StableDiffusion {
     fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Condition, EngineError> {
         let signal = &request.signal;
         let config = self.unet.config();
-        let (guidance, rescale, size) = (guided(request.guidance_scale), request.guidance_rescale, request.size);
-        let context = latent::text(signal, guidance.is_some(), config.cross_attention_dim, device)?;
+        let (rescale, size, branches) = (request.guidance_rescale, request.size, latent::guiding(request));
+        let context = latent::text(signal, &branches, config.cross_attention_dim, device)?;
         let added = match config.addition_embed_type {
             None => None,
             Some(_) => {
-                let pooled = latent::pooled(signal, guidance.is_some(), self.pooled_width(), device)?;
+                let pooled = latent::pooled(signal, &branches, self.pooled_width(), device)?;
                 let count = pooled.dim(0)?;
                 let (height, width) = (size.height as f32, size.width as f32);
                 let sizes = [height, width, 0.0, 0.0, height, width].repeat(count);
                 Some((pooled, Tensor::from_vec(sizes, (count, SIZES), device)?))
             }
         };
-        Ok(Condition { context, added, guidance, rescale })
+        Ok(Condition { context, added, strength: request.into(), rescale })
     }
 
     fn made(&self, steps: f64, strength: f64) -> f64 {
@@ -112,11 +112,11 @@ impl Network for StableDiffusion {
     }
 
     fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
-        let (Some(guidance), [conditional, _]) = (condition.guidance, &*answers) else {
-            return answers.into_iter().next().unwrap_or_default();
+        let conditional = match &*answers {
+            [conditional, _, ..] if condition.rescale > 0.0 => conditional.clone(),
+            _ => return guide(condition.strength, answers),
         };
-        let conditional = conditional.clone();
-        rescaled(condition.rescale, &conditional, guide(Some(guidance), answers))
+        rescaled(condition.rescale, &conditional, guide(condition.strength, answers))
     }
 
     fn evaluate(

@@ -14,7 +14,7 @@ use efferent_worker::{
 
 use crate::{
     families::Setup,
-    latent::{self, Branches, Network, Question, Shape, guide, guided},
+    latent::{self, Branches, Network, Question, Shape, Strength, guide},
     networks::{LatentSpace, autoencoder::Autoencoder, sd3::Sd3},
     samplers::{self, Flow},
 };
@@ -32,7 +32,7 @@ struct Condition {
     states: Tensor,
     /// (1 or 2, width)
     pooled: Tensor,
-    guidance: Option<f32>,
+    strength: Strength,
 }
 
 /// Loads the hand of a pipeline.
@@ -77,10 +77,10 @@ impl Network for StableDiffusion3 {
 
     fn condition(&self, request: &RenderRequest, device: &Device) -> std::result::Result<Condition, EngineError> {
         let signal = &request.signal;
-        let (config, guidance) = (self.transformer.config(), guided(request.guidance_scale));
-        let states = latent::text(signal, guidance.is_some(), config.joint_attention_dim, device)?;
-        let pooled = latent::pooled(signal, guidance.is_some(), config.pooled_projection_dim, device)?;
-        Ok(Condition { states, pooled, guidance })
+        let (config, branches) = (self.transformer.config(), latent::guiding(request));
+        let states = latent::text(signal, &branches, config.joint_attention_dim, device)?;
+        let pooled = latent::pooled(signal, &branches, config.pooled_projection_dim, device)?;
+        Ok(Condition { states, pooled, strength: request.into() })
     }
 
     fn kind(condition: &Condition) -> String {
@@ -93,7 +93,7 @@ impl Network for StableDiffusion3 {
     }
 
     fn guide(condition: &Condition, answers: Branches) -> Vec<f32> {
-        guide(condition.guidance, answers)
+        guide(condition.strength, answers)
     }
 
     fn evaluate(

@@ -222,7 +222,8 @@ mod tests {
         );
         let half = half.unwrap();
         assert_eq!((half.projection_bias, half.rotary_axes), (true, Some(RotaryAxes::InTurn([1, 1, 1]))));
-        let woven = json!({ "rope_type": "default", "mrope_section": [1, 2], "mrope_interleaved": true, "rope_theta": 5e6 });
+        let woven =
+            json!({ "rope_type": "default", "mrope_section": [1, 2], "mrope_interleaved": true, "rope_theta": 5e6 });
         let half = read(&json!({ "model_type": "qwen3_vl_text", "rope_parameters": woven })).unwrap();
         assert_eq!((half.head_norm, half.rotary_axes), (true, Some(RotaryAxes::Woven([1, 2, 0]))));
         let whole = json!({ "model_type": "internvl_chat", "llm_config": { "model_type": "qwen2" } });
@@ -244,8 +245,14 @@ mod tests {
     #[test]
     fn what_is_not_computed_here_is_named() {
         for (changes, wanted) in [
-            (json!({ "model_type": "qwen3_vl_text", "rope_scaling": { "type": "default", "mrope_section": [9, 9, 9] } }), "mrope_section = [9, 9, 9]"),
-            (json!({ "model_type": "qwen2_5_vl_text", "rope_scaling": { "type": "default", "mrope_section": "3" } }), "mrope_section"),
+            (
+                json!({ "model_type": "qwen3_vl_text", "rope_scaling": { "type": "default", "mrope_section": [9, 9, 9] } }),
+                "mrope_section = [9, 9, 9]",
+            ),
+            (
+                json!({ "model_type": "qwen2_5_vl_text", "rope_scaling": { "type": "default", "mrope_section": "3" } }),
+                "mrope_section",
+            ),
             (json!({ "model_type": "falcon" }), "model_type \"falcon\""),
             (json!({ "rope_scaling": { "factor": 2 } }), "rope_scaling"),
             (json!({ "rope_parameters": { "rope_type": "yarn" } }), "rope_type \"yarn\""),

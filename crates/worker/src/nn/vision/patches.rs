@@ -31,7 +31,9 @@ impl Preparation {
     pub fn usual(kind: &Kind, min_pixels: usize, max_pixels: usize) -> Self {
         let (mean, deviation) = match kind {
             // As CLIP was trained with.
-            Kind::Windowed { .. } => ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_58, 0.275_777_1]),
+            Kind::Windowed { .. } => {
+                ([0.481_454_66, 0.457_827_5, 0.408_210_73], [0.268_629_54, 0.261_302_58, 0.275_777_1])
+            }
             Kind::Tapped { .. } => ([0.5; 3], [0.5; 3]),
         };
         Self { min_pixels, max_pixels, mean, deviation }
@@ -84,7 +86,8 @@ impl Preparation {
         for [row, column] in &cells {
             for channel in 0..3 {
                 for _ in 0..config.frames {
-                    let lines = (row * side..(row + 1) * side).flat_map(|y| (column * side..(column + 1) * side).map(move |x| (x, y)));
+                    let lines = (row * side..(row + 1) * side)
+                        .flat_map(|y| (column * side..(column + 1) * side).map(move |x| (x, y)));
                     values.extend(lines.map(|(x, y)| value(x, y, channel)));
                 }
             }

@@ -43,7 +43,8 @@ impl Config {
                 return Err(format!("vision_config.{field}: pictures have {only} channels"));
             }
         }
-        let (patch, merge) = (size("patch_size", Some(if windowed { 14 } else { 16 }))?, size("spatial_merge_size", Some(2))?);
+        let (patch, merge) =
+            (size("patch_size", Some(if windowed { 14 } else { 16 }))?, size("spatial_merge_size", Some(2))?);
         let kind = match windowed {
             true => Kind::Windowed {
                 window: size("window_size", Some(112))?.checked_div(patch * merge).unwrap_or(0),

@@ -121,6 +121,8 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         guidance_rescale: described.guidance_rescale,
         // Where the strength of guidance is a number that the network is told, there is nothing to leave out.
         guidance_range: described.negative_prompt,
+        max_reference_images: 0,
+        default_image_guidance_scale: 0.0,
     };
     let model = model_name(path);
     let manifest = Manifest {
