@@ -11,9 +11,12 @@ use candle_core::{
 };
 use efferent_brain::families as brains;
 use efferent_hand::{families as hands, pictures};
-use efferent_proto::v1::Size;
+use efferent_proto::{
+    internal::{Branch, StreamRole},
+    v1::Size,
+};
 use efferent_worker::{
-    engine::{Brain, EmbedRequest, Hand, RenderRequest},
+    engine::{Brain, EmbedRequest, Hand, Reference, RenderRequest},
     pictures::File,
     pipeline::Pipeline,
     signal,
@@ -117,6 +120,70 @@ pub fn embed(brain: &mut dyn Brain, prompt: &str, negative: &str) -> Arc<signal:
     let request =
         EmbedRequest { prompt: prompt.to_owned(), negative_prompt: negative.to_owned(), ..Default::default() };
     Arc::new(brain.embed(&[request]).remove(0).expect("is there"))
+}
+
+/// A prompt with pictures before it.
+pub fn read_with(prompt: &str, negative: &str, pictures: &[RgbImage]) -> EmbedRequest {
+    let reference = |image: &RgbImage| {
+        Arc::new(Reference { hash: blake3::hash(image.as_raw()).to_hex().to_string(), image: image.clone() })
+    };
+    EmbedRequest {
+        prompt: prompt.to_owned(),
+        negative_prompt: negative.to_owned(),
+        references: pictures.iter().map(reference).collect(),
+    }
+}
+
+const REFERENCES: &str = "references.safetensors";
+
+/// The pictures that a checkpoint's goldens read.
+pub fn references(name: &str) -> Vec<RgbImage> {
+    let golden = Golden::read(name, REFERENCES);
+    let picture = |key: &str| {
+        let (size, values) = (golden.size(key), golden.values(key));
+        let bytes = values.iter().map(|value| *value as u8).collect();
+        RgbImage::from_raw(size.width, size.height, bytes).expect("is there")
+    };
+    vec![picture("picture.0"), picture("picture.1")]
+}
+
+/// What a brain reads of pictures, and how a hand is guided by them, compared with MetaQuery's way; nothing if the checkpoint has no such goldens.
+pub fn referenced(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<Errors> {
+    folder(name).join(REFERENCES).exists().then_some(())?;
+    let (golden, pictures) = (Golden::read(name, REFERENCES), references(name));
+    let mut errors = Errors::default();
+    for (key, count, prompt, negative, image_guidance_scale) in [
+        ("one", 1, PROMPTS[0], "", 1.5),
+        ("two", 2, PROMPTS[2], NEGATIVE, 2.5),
+        // Not above 1: the pictures are read on both branches, and do not guide.
+        ("plain", 2, PROMPTS[1], "", 1.0),
+    ] {
+        let signal = brain.embed(&[read_with(prompt, negative, &pictures[..count])]).remove(0).expect("is there");
+        let branches =
+            [(Branch::Conditional, "full"), (Branch::ImageConditional, "seen"), (Branch::Unconditional, "nothing")];
+        for (branch, part) in branches {
+            let stream = signal::find(&signal, StreamRole::Query, branch).expect("is there");
+            let states = signal::tensor(stream, &Device::Cpu).expect("is there").flatten_all().expect("is there");
+            let states = states.to_vec1::<f32>().expect("is there");
+            let error = difference(&states, golden.values(&format!("{key}.{part}")));
+            assert!(error <= TOLERANCE, "{name}: {key}.{part} differs by {error}");
+            errors.states = errors.states.max(error);
+        }
+        let render = RenderRequest {
+            signal: Arc::new(signal),
+            size: golden.size(&format!("{key}.image")),
+            steps: 4,
+            guidance_scale: 4.5,
+            image_guidance_scale,
+            guidance_rescale: 0.0,
+            guidance_range: 0.0..1.0,
+            seed: 50,
+            sampler: hand.spec().model.samplers[0].clone(),
+            picture: None,
+        };
+        compare(hand, &golden, key, &render, &mut errors);
+    }
+    Some(errors)
 }
 
 /// Largest errors of a checkpoint, by joint.

@@ -20,7 +20,7 @@ use efferent_tests::{
     calls::{all, generate, job, kind, request, until},
     checkpoints::{
         Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, begun, compare, device, difference, embed, folder, open,
-        open_on_two, steps_apart, to_gguf,
+        open_on_two, referenced, steps_apart, to_gguf,
     },
     local::Cluster,
     processes::{self, connect},
@@ -162,9 +162,9 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
 fn pictures_are_those_of_diffusers() {
     let mut table = String::from(
         "# Parity\n\nLargest differences from diffusers 0.42.1 (torch 2.15, f32, CPU) on tiny random checkpoints that `tests/checkpoints/*.py` made in the folder layout \
-         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four; begun with a picture: image to image and inpainting, with strengths of 0.5 and 1 of five steps (sd15 also with five samplers beside its own; Stable Diffusion 1.5 to XL with guidance rescaled as well). Token ids are equal. Joints \
+         that diffusers saves: three prompts alone and in a batch, a negative prompt, no guidance, another size, one step and four; begun with a picture: image to image and inpainting, with strengths of 0.5 and 1 of five steps (sd15 also with five samplers beside its own; Stable Diffusion 1.5 to XL with guidance rescaled as well); with one and two reference images, guided by them or not, against the published formula. Token ids are equal. Joints \
          are relative to the largest value of the joint, or to 1; pictures are 8-bit steps. Allowed: 1e-4, and 1 step.\n\nWritten by\n\n    \
-         EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints\n\n| checkpoint | pipeline | states | pooled | every latent | picture | every latent, begun with a picture | its picture |\n| --- | --- | --- | --- | --- | --- | --- | --- |\n",
+         EFFERENT_PARITY=docs/parity.md cargo nextest run --release -p efferent-tests --test checkpoints\n\n| checkpoint | pipeline | states | pooled | every latent | picture | every latent, begun with a picture | its picture | states, with reference images | every latent, guided by them |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     for (name, guidance) in CHECKPOINTS {
         let Errors { states, pooled, latents, image } = parity(name, guidance);
@@ -172,11 +172,17 @@ fn pictures_are_those_of_diffusers() {
         let begun = begun(name, &mut *brain, &mut *hand);
         let begun = begun
             .map_or_else(|| "none | none".to_owned(), |errors| format!("{:.1e} | {}", errors.latents, errors.image));
+        let referenced = referenced(name, &mut *brain, &mut *hand).map_or_else(
+            || "none | none".to_owned(),
+            |errors| format!("{:.1e} | {:.1e}", errors.states, errors.latents),
+        );
         let pipeline = Pipeline::open(&folder(name)).unwrap();
         let description = pipeline.description();
         let pooled = if pooled > 0.0 { format!("{pooled:.1e}") } else { "none".to_owned() };
-        let _ =
-            writeln!(table, "| {name} | {description} | {states:.1e} | {pooled} | {latents:.1e} | {image} | {begun} |");
+        let _ = writeln!(
+            table,
+            "| {name} | {description} | {states:.1e} | {pooled} | {latents:.1e} | {image} | {begun} | {referenced} |"
+        );
     }
     if let Some(path) = std::env::var_os("EFFERENT_PARITY") {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();

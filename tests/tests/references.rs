@@ -1,13 +1,11 @@
-//! Pictures that a brain reads before the prompt: equal to MetaQuery's way of guiding by them, and over the whole path.
+//! Pictures that a brain reads before the prompt: the engines' contract, and the whole path. That they are read, and guide, as in MetaQuery is for `checkpoints.rs`.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{io::Cursor, sync::Arc};
 
-use candle_core::Device;
 use efferent_proto::{
     ApiError,
-    internal::{Branch, StreamRole},
     v1::{
         EncodeRequest, ErrorCode, GenerateRequest, JobEvent, PictureSource, job_event::Event, picture_source::Source,
         signal_service_client::SignalServiceClient,
@@ -15,80 +13,22 @@ use efferent_proto::{
 };
 use efferent_tests::{
     calls::{generate, kind, request},
-    checkpoints::{Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, compare, difference, folder, open},
+    checkpoints::{PROMPTS, folder, open, read_with as read, references},
     processes::{Cluster, connect},
 };
 use efferent_worker::{
-    engine::{EmbedRequest, Reference, RenderRequest},
-    signal, testing,
+    engine::{EmbedRequest, RenderRequest},
+    testing,
 };
 use image::{ImageFormat, RgbImage};
 
 const NAMES: [&str; 2] = ["metaquery-qwen2-5-vl", "metaquery-qwen3-vl"];
 
-/// The pictures of a checkpoint's goldens.
-fn pictures(golden: &Golden) -> Vec<RgbImage> {
-    let picture = |key: &str| {
-        let (size, values) = (golden.size(key), golden.values(key));
-        RgbImage::from_raw(size.width, size.height, values.iter().map(|value| *value as u8).collect()).unwrap()
-    };
-    vec![picture("picture.0"), picture("picture.1")]
-}
-
-fn read(prompt: &str, negative: &str, pictures: &[RgbImage]) -> EmbedRequest {
-    let reference = |image: &RgbImage| {
-        Arc::new(Reference { hash: blake3::hash(image.as_raw()).to_hex().to_string(), image: image.clone() })
-    };
-    EmbedRequest {
-        prompt: prompt.to_owned(),
-        negative_prompt: negative.to_owned(),
-        references: pictures.iter().map(reference).collect(),
-    }
-}
-
-#[test]
-fn signals_and_pictures_are_those_of_metaquery() {
-    for name in NAMES {
-        let (_, mut brain, mut hand) = open(name);
-        let golden = Golden::read(name, "references.safetensors");
-        let pictures = pictures(&golden);
-        for (key, count, prompt, negative, image_guidance_scale) in [
-            ("one", 1, PROMPTS[0], "", 1.5),
-            ("two", 2, PROMPTS[2], NEGATIVE, 2.5),
-            // Not above 1: the pictures are read on both branches, and do not guide.
-            ("plain", 2, PROMPTS[1], "", 1.0),
-        ] {
-            let signal = brain.embed(&[read(prompt, negative, &pictures[..count])]).remove(0).unwrap();
-            for (branch, part) in
-                [(Branch::Conditional, "full"), (Branch::ImageConditional, "seen"), (Branch::Unconditional, "nothing")]
-            {
-                let stream = signal::find(&signal, StreamRole::Query, branch).unwrap();
-                let states = signal::tensor(stream, &Device::Cpu).unwrap().flatten_all().unwrap();
-                let error = difference(&states.to_vec1::<f32>().unwrap(), golden.values(&format!("{key}.{part}")));
-                assert!(error <= TOLERANCE, "{name}: {key}.{part} differs by {error}");
-            }
-            let render = RenderRequest {
-                signal: Arc::new(signal),
-                size: golden.size(&format!("{key}.image")),
-                steps: 4,
-                guidance_scale: 4.5,
-                image_guidance_scale,
-                guidance_rescale: 0.0,
-                guidance_range: 0.0..1.0,
-                seed: 50,
-                sampler: hand.spec().model.samplers[0].clone(),
-                picture: None,
-            };
-            compare(&mut *hand, &golden, key, &render, &mut Errors::default());
-        }
-    }
-}
-
 #[test]
 fn engines_keep_the_contract_with_pictures() {
     for name in NAMES {
         let (_, mut brain, mut hand) = open(name);
-        let pictures = pictures(&Golden::read(name, "references.safetensors"));
+        let pictures = references(name);
         let requests = [
             read("a cat", "", &pictures),
             read("a cat", "a dog", &pictures[1..]),
@@ -143,7 +83,7 @@ async fn pictures_go_to_the_brain_over_the_whole_path() {
     let (_brain, _hand) = (cluster.role("brain", &[]), cluster.role("hand", &[]));
     let (_coordinator, url) = cluster.coordinator();
     let mut client = connect(&url).await;
-    let pictures = pictures(&Golden::read(NAMES[0], "references.safetensors"));
+    let pictures = references(NAMES[0]);
     let files: Vec<PictureSource> = pictures.iter().map(|picture| brought(file(picture, ImageFormat::Png))).collect();
     let asked = |reference_images: Vec<PictureSource>, image_guidance_scale| GenerateRequest {
         reference_images,

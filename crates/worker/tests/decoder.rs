@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use efferent_worker::{
     nn::{
-        decoder::{Config, Decoder, Naming, RotaryPairs},
+        decoder::{Config, Decoder, Naming, RotaryPairs, Sight},
         ops::Activation,
     },
     weights::Weights,
@@ -89,6 +89,7 @@ fn every_family_agrees_with_transformers() {
             (0..=LAYERS).map(|layer| weights.get(&format!("golden.{kind}.{layer}"), &shape)).collect()
         };
         let (batch, single) = (golden(&mut weights, "batch", [2, 7, 16]), golden(&mut weights, "single", [1, 4, 16]));
+        let written: Vec<f32> = weights.get("golden.written", &[9]).to_vec1().unwrap();
         // transformers' base models have no "model." in front; the reference adds it, as models with a head have it.
         let decoder = Decoder::new(config, Naming::Transformers, &mut weights).unwrap();
         weights.finish().unwrap();
@@ -105,6 +106,21 @@ fn every_family_agrees_with_transformers() {
             let last = decoder.states(&decoder.embed(ids).unwrap(), mask, &[2]).unwrap();
             assert!(error(&last[0], &golden[2], mask) < 2e-5, "{name}: a layer alone");
         }
+        // What it writes, each token read once; also if the sequence is read in pieces before.
+        let first = decoder.embed(&ids.narrow(0, 0, 1).unwrap()).unwrap();
+        let ours = decoder.write(&first, &Sight::default(), &[], written.len()).unwrap();
+        assert_eq!(ours.iter().map(|id| *id as f32).collect::<Vec<_>>(), written, "{name}");
+        let stopped = decoder.write(&first, &Sight::default(), &ours[4..5], written.len()).unwrap();
+        assert_eq!(stopped, ours[..ours.iter().position(|id| *id == ours[4]).unwrap()]);
+        let whole = decoder.states(&first, &mask.narrow(0, 0, 1).unwrap(), &[LAYERS]).unwrap().remove(0);
+        let mut cache = decoder.cache();
+        for (from, count) in [(0, 3), (3, 1), (4, 3)] {
+            let piece = first.narrow(1, from, count).unwrap();
+            let states = decoder.read_on(&piece, &Sight::default(), &mut cache).unwrap();
+            let all = Tensor::ones((1, count), DType::F32, &Device::Cpu).unwrap();
+            assert!(error(&states, &whole.narrow(1, from, count).unwrap(), &all) < 2e-5, "{name}: in pieces");
+        }
+        assert_eq!(cache.tokens(), 7);
         // Layers shared out over two devices, which here are one processor.
         let states = |decoder: &Decoder| {
             let states = decoder.states(&decoder.embed(&ids).unwrap(), &mask, &[1, 3]).unwrap();

@@ -118,15 +118,15 @@ pub fn hide_absent(mask: &Tensor) -> Result<Tensor> {
     (absent * f64::from(HIDDEN))?.reshape((batch, 1, 1, keys))
 }
 
-/// A bias that hides later positions, and those more than `window` - 1 earlier: (1, 1, tokens, tokens).
+/// A bias that hides later positions, and those more than `window` - 1 earlier, of the last `queries` of `tokens` positions: (1, 1, queries, tokens).
 ///
 /// # Errors
 /// If the device has no room.
-pub fn causal(tokens: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
+pub fn causal(queries: usize, tokens: usize, window: Option<usize>, device: &Device) -> Result<Tensor> {
     let sees = |query: usize, key: usize| key <= query && window.is_none_or(|window| query - key < window);
-    let values: Vec<f32> =
-        (0..tokens).flat_map(|query| (0..tokens).map(move |key| if sees(query, key) { 0.0 } else { HIDDEN })).collect();
-    Tensor::from_vec(values, (1, 1, tokens, tokens), device)
+    let row = |query: usize| (0..tokens).map(move |key| if sees(query, key) { 0.0 } else { HIDDEN });
+    let values: Vec<f32> = (tokens - queries..tokens).flat_map(row).collect();
+    Tensor::from_vec(values, (1, 1, queries, tokens), device)
 }
 
 #[cfg(test)]
@@ -181,10 +181,12 @@ mod tests {
 
     #[test]
     fn causal_windows() {
-        let seen = causal(4, Some(2), &Device::Cpu).unwrap().squeeze(0).unwrap().squeeze(0).unwrap();
+        let seen = causal(4, 4, Some(2), &Device::Cpu).unwrap().squeeze(0).unwrap().squeeze(0).unwrap();
         let seen: Vec<Vec<bool>> =
             seen.to_vec2::<f32>().unwrap().into_iter().map(|row| row.into_iter().map(|v| v == 0.0).collect()).collect();
         let (y, n) = (true, false);
         assert_eq!(seen, [[y, n, n, n], [y, y, n, n], [n, y, y, n], [n, n, y, y]]);
+        let last = causal(1, 4, Some(2), &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(last.into_iter().map(|v| v == 0.0).collect::<Vec<_>>(), seen[3]);
     }
 }

@@ -140,7 +140,7 @@ impl Clip {
         }
         let rows = self.tokens.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, self.config.width))?;
         let mut states = vec![rows.broadcast_add(&self.positions.narrow(0, 0, tokens)?)?];
-        let mut bias = causal(tokens, None, self.device())?;
+        let mut bias = causal(tokens, tokens, None, self.device())?;
         if let Some(mask) = mask {
             bias = bias.broadcast_add(&hide_absent(mask)?)?;
         }

@@ -1,15 +1,17 @@
 //! A decoder language model: Llama, Qwen2, Qwen3, Gemma and Gemma 2 by configuration.
 //!
 //! It answers hidden states of any layers at all positions, takes embeddings instead of ids (so that learnable queries can stand in
-//! the sequence), and honours a padding mask, so that prompts of different length share a batch. It does not generate text.
+//! the sequence), and honours a padding mask, so that prompts of different length share a batch. It writes text too ([`writing`]).
 //!
 //! Source: transformers 5.23, `models/{llama,qwen2,qwen3,gemma,gemma2}/modeling_*.py`; names of GGUF tensors: gguf 0.19,
 //! `constants.py`. Checked against them by `tests/decoder.rs`.
 
 pub mod published;
+pub mod writing;
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use self::writing::Cache;
 use super::{
     attention::{Logits, attend, causal, hide_absent},
     linear::Linear,
@@ -154,6 +156,8 @@ pub struct Decoder {
     embedding: Tensor,
     layers: Vec<Layer>,
     final_norm: Tensor,
+    /// What predicts tokens (vocabulary, width), if it is not the table of embeddings.
+    head: Option<Tensor>,
 }
 
 #[derive(Debug)]
@@ -240,7 +244,7 @@ impl Decoder {
             })
             .collect::<Result<Vec<_>>>()?;
         let final_norm = norm(weights, naming.final_norm(), width)?;
-        Ok(Self { config, embedding, layers, final_norm })
+        Ok(Self { config, embedding, layers, final_norm, head: None })
     }
 
     /// The same with its layers shared out over devices, in order and as evenly as can be: one computes after the other, so together they hold what none holds
@@ -260,6 +264,7 @@ impl Decoder {
                 .collect::<Result<Vec<_>>>()?,
             embedding: self.embedding.to_device(first)?,
             final_norm: self.final_norm.to_device(first)?,
+            head: self.head.as_ref().map(|head| head.to_device(first)).transpose()?,
             config: self.config,
         })
     }
@@ -306,25 +311,40 @@ impl Decoder {
         layers: &[usize],
         sight: &Sight,
     ) -> Result<Vec<Tensor>> {
+        self.run(embeddings, mask, layers, sight, None)
+    }
+
+    /// `mask` is of what was read before too.
+    fn run(
+        &self,
+        embeddings: &Tensor,
+        mask: &Tensor,
+        layers: &[usize],
+        sight: &Sight,
+        mut cache: Option<&mut Cache>,
+    ) -> Result<Vec<Tensor>> {
         let (batch, tokens, _) = embeddings.dims3()?;
+        let past = cache.as_ref().map_or(0, |cache| cache.tokens);
         if ![0, tokens].contains(&sight.places.len()) || sight.added.len() > self.layers.len() {
             candle_core::bail!("{} places, {} additions for {tokens} tokens", sight.places.len(), sight.added.len());
         }
-        if mask.dims() != [batch, tokens] {
+        if mask.dims() != [batch, past + tokens] {
             candle_core::bail!("a mask of {:?} for embeddings of {:?}", mask.dims(), embeddings.dims());
         }
         let last = layers.iter().copied().max().unwrap_or(0);
         if last > self.layers.len() {
             candle_core::bail!("states after layer {last} of a model with {} layers", self.layers.len());
         }
-        let mut pass = self.pass(mask, &sight.places)?;
+        let begun = cache.as_ref().map_or(0, |cache| cache.next);
+        let mut pass = self.pass(mask, tokens, begun, &sight.places)?;
         let mut states = vec![embeddings.clone()];
         for (index, layer) in self.layers[..last].iter().enumerate() {
             let device = layer.attention_norm.device();
             if !device.same_device(pass.cos.device()) {
                 pass = pass.to_device(device)?;
             }
-            let mut next = layer.forward(&self.config, &states[index].to_device(device)?, &pass, index)?;
+            let kept = cache.as_mut().and_then(|cache| cache.layers.get_mut(index));
+            let mut next = layer.forward(&self.config, &states[index].to_device(device)?, &pass, index, kept)?;
             if let Some(added) = sight.added.get(index) {
                 next = (next + added.to_device(device)?)?;
             }
@@ -345,21 +365,22 @@ impl Decoder {
         ops::rms_norm(states, &self.final_norm, self.config.norm_eps)
     }
 
-    fn pass(&self, mask: &Tensor, places: &[[u32; 3]]) -> Result<Pass> {
+    /// Of the last `tokens` of a mask, which are `begun` places from the beginning if nothing else is said.
+    fn pass(&self, mask: &Tensor, tokens: usize, begun: u32, places: &[[u32; 3]]) -> Result<Pass> {
         let (config, device) = (&self.config, self.device());
-        let tokens = mask.dim(1)?;
+        let all = mask.dim(1)?;
         let half = config.head_width / 2;
         let frequencies = rotary::frequencies(config.rotary_base, config.head_width);
         let place = |token: usize, pair: usize| match (places.get(token), config.rotary_axes) {
             (Some(place), Some(axes)) => place[axes.of(pair)] as f32,
             (Some([time, _, _]), None) => *time as f32,
-            (None, _) => token as f32,
+            (None, _) => (begun + token as u32) as f32,
         };
         let angle = |(token, pair): (usize, usize)| place(token, pair) * frequencies[pair];
         let angles: Vec<f32> = (0..tokens).flat_map(|t| (0..half).map(move |pair| (t, pair))).map(angle).collect();
         let angles = Tensor::from_vec(angles, (tokens, half), device)?;
         let absent = hide_absent(mask)?;
-        let bias = |window| causal(tokens, window, device)?.broadcast_add(&absent);
+        let bias = |window| causal(tokens, all, window, device)?.broadcast_add(&absent);
         Ok(Pass {
             cos: angles.cos()?,
             sin: angles.sin()?,
@@ -402,7 +423,15 @@ impl Layer {
     }
 
     /// (batch, tokens, width) -> (batch, tokens, width)
-    fn forward(&self, config: &Config, x: &Tensor, pass: &Pass, index: usize) -> Result<Tensor> {
+    /// `kept`: keys and values of what was read before, which those of `x` are added to.
+    fn forward(
+        &self,
+        config: &Config,
+        x: &Tensor,
+        pass: &Pass,
+        index: usize,
+        kept: Option<&mut Option<(Tensor, Tensor)>>,
+    ) -> Result<Tensor> {
         let normed = |x: &Tensor, norm: &Tensor| ops::rms_norm(x, norm, config.norm_eps);
         let also = |x: Tensor, norm: &Option<Tensor>| match norm {
             Some(norm) => normed(&x, norm),
@@ -413,8 +442,14 @@ impl Layer {
         let split = |y: Tensor, heads: usize| y.reshape((batch, tokens, heads, config.head_width));
         let turn = |y: Tensor| rotate(&y, pass, config.rotary_pairs);
         let q = turn(also(split(self.q.forward(&h)?, config.heads)?, &self.q_norm)?)?;
-        let k = turn(also(split(self.k.forward(&h)?, config.key_heads)?, &self.k_norm)?)?;
-        let v = split(self.v.forward(&h)?, config.key_heads)?;
+        let mut k = turn(also(split(self.k.forward(&h)?, config.key_heads)?, &self.k_norm)?)?;
+        let mut v = split(self.v.forward(&h)?, config.key_heads)?;
+        if let Some(kept) = kept {
+            if let Some((before_k, before_v)) = kept {
+                (k, v) = (Tensor::cat(&[&*before_k, &k], 1)?, Tensor::cat(&[&*before_v, &v], 1)?);
+            }
+            *kept = Some((k.clone(), v.clone()));
+        }
         let logits = Logits {
             scale: 1.0 / (config.logit_width.unwrap_or(config.head_width) as f64).sqrt(),
             soft_cap: config.soft_cap,

@@ -34,7 +34,13 @@ def main():
             p.copy_(torch.randn_like(p) * (.3 if p.dim() > 1 else .5) + (1 if p.dim() == 1 and not name.startswith("gemma") else 0))
         batch = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
         single = model(input_ids=ids[1:, :4], output_hidden_states=True)
+        # What it would write, the likeliest token each time, read from the beginning for each.
+        written = ids[:1].clone()
+        for _ in range(9):
+            states = model(input_ids=written).last_hidden_state[:, -1]
+            written = torch.cat([written, (states @ model.embed_tokens.weight.T).argmax(-1, keepdim=True)], 1)
         golden = {f"model.{k}": v.clone() for k, v in model.state_dict().items()}
+        golden["golden.written"] = written[0, ids.shape[1]:].float()
         golden |= {f"golden.batch.{i}": h.clone() for i, h in enumerate(batch.hidden_states)}
         golden |= {f"golden.single.{i}": h.clone() for i, h in enumerate(single.hidden_states)}
         save_file(golden, Path(__file__).parent / f"{name}.safetensors")
