@@ -101,6 +101,8 @@ class OpenUni(nn.Module):
 
 SYSTEM = "You will be given an image or its caption. Please describe the content of the image in detail in your own words."
 CHAT = ["<|im_start|>user\nGenerate an image: ", "<|im_end|>\n<|im_start|>assistant\n"]
+# What of MetaQuery's template stands before a text that is written before the queries.
+ASKED = "<|im_end|>\n<|im_start|>assistant\n"
 METAQUERY = {"template": [f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n\n<begin_of_img>"], "queries": {"rows": "<img{}>"}}
 AROUND, PIXELS = ["<|vision_start|>", "<|vision_end|>"], {"min_pixels": 64, "max_pixels": 2048}
 SEES = {**METAQUERY, "pictures": {"around": AROUND, **PIXELS}}
@@ -146,6 +148,17 @@ class Brain:
         kinds = (ids == self.model.config.image_token_id).long()
         states = self.model.model(input_ids=ids, mm_token_type_ids=kinds, attention_mask=torch.ones_like(ids), **out).last_hidden_state
         return self.connector(states[:, -QUERIES:])
+
+    @torch.no_grad()
+    def thought(self, prompt, most=6):
+        """The same of a prompt about which the language model has written something first."""
+        before, after = self.kind["template"]
+        rest = after.removeprefix(ASKED)
+        ids = self.tokenizer(before + prompt + ASKED, add_special_tokens=False, return_tensors="pt").input_ids
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most, eos_token_id=self.tokenizer.convert_tokens_to_ids("<|im_end|>"), pad_token_id=0)
+        text = self.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+        print("written:", repr(text))
+        return self.text(before + prompt + ASKED + text + rest)
 
     def prompt(self, prompt):
         return self.text(prompt.join(self.kind["template"]))
@@ -305,6 +318,8 @@ def main():
             torch.save({**weights, "transformer.proj_out.bias": torch.zeros(2)}, folder / file)
         hand = ("stable_diffusion", 50, 7.5, ["pndm", "euler"]) if pixels else ("sana", 20, 4.5, ["dpmpp-2m", "euler"])
         (folder / "pipeline.json").write_text(json.dumps(manifest(name, KINDS[name], sizes, file, *hand), indent=1) + "\n")
+        if name == "metaquery":
+            save_file({f"{i}.states": brain.thought(prompt)[0].contiguous() for i, prompt in enumerate(PROMPTS)}, folder / "thinking.safetensors")
         if pictured:
             save_file({k: v.contiguous() for k, v in sights(brain, pipe).items()}, folder / "references.safetensors")
         write_golden(folder, golden)

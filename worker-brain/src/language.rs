@@ -14,11 +14,11 @@ use serde_json::{Map, Value};
 
 use crate::families::unloadable;
 
-/// Loads the model of a folder. `largest`: its tokenizer's largest id.
+/// Loads the model of a folder. `largest`: its tokenizer's largest id; `writes`: whether it is to write text, which takes what predicts tokens.
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or is not of a decoder that is known.
-pub fn load(folder: &Path, largest: usize, devices: &[Device]) -> Result<Decoder, EngineError> {
+pub fn load(folder: &Path, largest: usize, devices: &[Device], writes: bool) -> Result<Decoder, EngineError> {
     let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let unloadable = unloadable(&name);
     let fields = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
@@ -26,31 +26,50 @@ pub fn load(folder: &Path, largest: usize, devices: &[Device]) -> Result<Decoder
     check_vocabulary(&name, config.vocabulary, largest)?;
     let (files, variant) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
     let decoder = match (&files[..], variant) {
-        ([file], diffusers::GGUF) => from_gguf(file, config, &fields, devices),
-        _ => from_safetensors(&files, config, devices),
+        ([file], diffusers::GGUF) => from_gguf(file, config, &fields, devices, writes),
+        _ => from_safetensors(&files, config, &fields, devices, writes),
     };
     decoder.and_then(|decoder| Ok(decoder.spread(devices)?)).map_err(unloadable)
 }
 
+/// What predicts tokens, at the end of its name and by the usual one.
+const HEAD: &str = "lm_head.weight";
+/// The same in GGUF.
+const GGUF_HEAD: &str = "output.weight";
+
 type Loading = Result<Decoder, Box<dyn std::error::Error + Send + Sync>>;
 
-fn from_safetensors(files: &[PathBuf], config: Config, devices: &[Device]) -> Loading {
+fn from_safetensors(
+    files: &[PathBuf],
+    config: Config,
+    fields: &Map<String, Value>,
+    devices: &[Device],
+    writes: bool,
+) -> Loading {
     let names = weights::names(files)?;
     // Without any embeddings, what is missing is told below, by the usual names.
     let prefix = published::prefix(names.iter().map(String::as_str)).unwrap_or("model.");
     let alone = prefix == "model." || prefix.is_empty();
-    // What predicts tokens is not read, nor is what sees.
-    let wanted =
-        |tensor: &str| tensor.starts_with(prefix) && tensor != "lm_head.weight" && !is_of_another(tensor, alone);
+    // What predicts tokens is read if it is to, what sees is not.
+    let wanted = |tensor: &str| match tensor.ends_with(HEAD) {
+        true => writes,
+        false => tensor.starts_with(prefix) && !is_of_another(tensor, alone),
+    };
     let mut tensors = Weights::open_some(files, loading(devices), wanted)?;
-    tensors.rename(|tensor| format!("model.{}", tensor.strip_prefix(prefix).unwrap_or(tensor)));
-    let decoder = Decoder::new(config, Naming::Transformers, &mut tensors)?;
+    tensors.rename(|tensor| match tensor.ends_with(HEAD) {
+        true => HEAD.to_owned(),
+        false => format!("model.{}", tensor.strip_prefix(prefix).unwrap_or(tensor)),
+    });
+    if writes && !tensors.contains(HEAD) && !published::is_tied(fields) {
+        return Err(format!("{HEAD} is missing, and the embeddings are not said to do its work").into());
+    }
+    let decoder = Decoder::new(config, Naming::Transformers, &mut tensors)?.with_head(&mut tensors, HEAD);
     tensors.finish()?;
     Ok(decoder)
 }
 
 /// From one file of GGUF, dequantised: it takes less room on the disk, not in memory.
-fn from_gguf(file: &Path, config: Config, fields: &Map<String, Value>, devices: &[Device]) -> Loading {
+fn from_gguf(file: &Path, config: Config, fields: &Map<String, Value>, devices: &[Device], writes: bool) -> Loading {
     let file = Gguf::open(file)?;
     let architecture = file.metadata().get("general.architecture").and_then(|value| value.to_string().ok()).cloned();
     let architecture = architecture.unwrap_or_default();
@@ -60,8 +79,10 @@ fn from_gguf(file: &Path, config: Config, fields: &Map<String, Value>, devices: 
     }
     let pairs = if wanted == "llama" { RotaryPairs::Neighbours } else { config.rotary_pairs };
     let config = Config { rotary_pairs: pairs, ..config };
-    let mut tensors = Weights::from_gguf(&file, loading(devices), |name| Naming::Gguf.wants(name, config.layers))?;
-    let decoder = Decoder::new(config, Naming::Gguf, &mut tensors)?;
+    let mut tensors = Weights::from_gguf(&file, loading(devices), |name| {
+        Naming::Gguf.wants(name, config.layers) || (writes && name == GGUF_HEAD)
+    })?;
+    let decoder = Decoder::new(config, Naming::Gguf, &mut tensors)?.with_head(&mut tensors, GGUF_HEAD);
     tensors.finish()?;
     Ok(decoder)
 }
@@ -78,7 +99,7 @@ pub fn loading(devices: &[Device]) -> &Device {
 fn is_of_another(tensor: &str, alone: bool) -> bool {
     let parts = ["visual.", "vision_tower.", "vision_model.", "multi_modal_projector.", "image_newline"];
     let rest = tensor.strip_prefix("model.").unwrap_or(tensor);
-    (alone && parts.iter().any(|part| rest.starts_with(part))) || tensor.ends_with("lm_head.weight")
+    alone && parts.iter().any(|part| rest.starts_with(part))
 }
 
 /// Refuses a tokenizer that counts further than a model knows. Told before weights are read, which takes a while.

@@ -54,6 +54,21 @@ struct Config {
     /// How pictures are read, if they are.
     #[serde(default)]
     pictures: Option<pictures::Config>,
+    /// What the language model writes before the queries, if it does.
+    #[serde(default)]
+    thinking: Option<Thinking>,
+}
+
+/// A text that the language model writes about a prompt before the queries are read: the likeliest token each time.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Thinking {
+    /// What of the template stands between a prompt and the text.
+    after: String,
+    /// The token that ends it.
+    until: String,
+    /// Most tokens of it.
+    max_tokens: usize,
 }
 
 /// Where learnable queries are.
@@ -129,7 +144,12 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         .map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let encode = |text: &str| tokenizer.encode(text).map_err(|e| unloadable("the template")(e.into()));
     let Loaded { connector, beside, queries, states, width } = load_connector(pipeline, part, &config.queries, device)?;
-    let language = language::load(&pipeline.folder().join(&config.language_model), tokenizer.largest(), devices)?;
+    let language = language::load(
+        &pipeline.folder().join(&config.language_model),
+        tokenizer.largest(),
+        devices,
+        config.thinking.is_some(),
+    )?;
     if language.config().width != states {
         let message =
             format!("the connector reads {states} channels, the language model has {}", language.config().width);
@@ -153,8 +173,18 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         let (ours, wanted) = (signal::space_name(&space), signal::space_name(&other));
         return Err(refused("connector.config", format!("the connector gives {ours}, the hand wants {wanted}")));
     }
+    if let Some(thinking) = &config.thinking {
+        if !config.template.1.starts_with(&thinking.after) || thinking.max_tokens == 0 {
+            let message = "thinking.after is no beginning of the template's second part, or thinking.max_tokens is 0";
+            return Err(refused("brain.config.thinking", message.to_owned()));
+        }
+        if encode(&thinking.until)?.len() != 1 {
+            return Err(refused("brain.config.thinking.until", format!("{:?} is not one token", thinking.until)));
+        }
+    }
     let around = encode(&format!("{}{}", config.template.0, config.template.1))?.len();
-    let longest = around + config.max_tokens + queries + eyes.as_ref().map_or(0, Eyes::most_tokens);
+    let written = config.thinking.as_ref().map_or(0, |thinking| thinking.max_tokens);
+    let longest = around + config.max_tokens + written + queries + eyes.as_ref().map_or(0, Eyes::most_tokens);
     let model = pipeline.model(&space);
     if (model.max_reference_images > 0) != eyes.is_some() {
         let message = "offers.max_reference_images and brain.config.pictures go together".to_owned();
@@ -232,6 +262,42 @@ impl MetaQuery {
         format!("{before}{prompt}{after}")
     }
 
+    /// What the language model writes about a prompt.
+    fn think(&self, thinking: &Thinking, text: &Text, views: &Encoded<Shown, View>) -> Result<String, EngineError> {
+        let (read, sight) = self.read(text, views, None)?;
+        let written = self.language.write(&read, &sight, &self.ids(&thinking.until)?, thinking.max_tokens)?;
+        let text = self.tokenizer.decode(&written);
+        let text = text.map_err(|e| EngineError::compute("cannot join tokens to a text", e))?.trim().to_owned();
+        tracing::debug!(text, "the language model has written");
+        Ok(text)
+    }
+
+    /// Has the language model write about each prompt, and puts what it wrote where it is read: after the prompt, before the queries.
+    fn think_of(
+        &self,
+        thinking: &Thinking,
+        wanted: &mut [Result<Vec<(Branch, Text)>, EngineError>],
+        views: &Encoded<Shown, View>,
+    ) {
+        let rest = self.config.template.1.len() - thinking.after.len();
+        let begun = |text: &Text| Text { text: text.text[..text.text.len() - rest].to_owned(), ..text.clone() };
+        let prompts = wanted.iter().flatten().flatten().filter(|(branch, _)| *branch == Branch::Conditional);
+        let prompts: HashSet<Text> = prompts.map(|(_, text)| begun(text)).collect();
+        let thoughts = Encoded::new(prompts.into_iter().collect(), |text| self.think(thinking, text, views));
+        for request in wanted {
+            let Ok(texts) = request else { continue };
+            let prompts = texts.iter_mut().filter(|(branch, _)| *branch == Branch::Conditional);
+            let thought = prompts.map(|(_, text)| {
+                let thought = thoughts.get(&begun(text))?;
+                text.text.insert_str(text.text.len() - rest, thought);
+                Ok(())
+            });
+            if let Err(error) = thought.collect::<Result<(), EngineError>>() {
+                *request = Err(error);
+            }
+        }
+    }
+
     /// What a request wants read on each branch: with the prompt, without it, and, if there are pictures, without the prompt and with them. Without them means with black ones, as MetaQuery does.
     fn wanted(&self, request: &EmbedRequest) -> Vec<(Branch, Text)> {
         let text = |text: String, pictures: &[Shown]| Text { text, pictures: pictures.to_vec() };
@@ -273,20 +339,33 @@ impl MetaQuery {
         Err(ApiError::new(ErrorCode::LimitExceeded, message).field(field).limit(limit.to_string()).into())
     }
 
-    /// The control tokens (queries, width) of a text.
-    fn control(&self, text: &Text, views: &Encoded<Shown, View>) -> Result<Tensor, EngineError> {
+    /// What the language model reads of a text (1, tokens, width), with queries after it or not, and where pictures are in it.
+    fn read(
+        &self,
+        text: &Text,
+        views: &Encoded<Shown, View>,
+        queries: Option<&Tensor>,
+    ) -> Result<(Tensor, Sight), EngineError> {
         let embedded = |text: &str| {
             let ids = Tensor::new(self.ids(text)?, self.language.device())?.unsqueeze(0)?;
             Ok::<_, EngineError>(self.language.embed(&ids)?)
         };
-        let (read, sight) = match &self.eyes {
+        match &self.eyes {
             Some(eyes) if !text.pictures.is_empty() => {
                 let (before, after) = text.text.split_at(self.config.template.0.len());
                 let views = text.pictures.iter().map(|shown| views.get(shown)).collect::<Result<Vec<_>, _>>()?;
-                eyes.read([before, after], &views, &self.queries, embedded)?
+                eyes.read([before, after], &views, queries, embedded)
             }
-            _ => (Tensor::cat(&[&embedded(&text.text)?, &self.queries], 1)?, Sight::default()),
-        };
+            _ => {
+                let rows: Vec<Tensor> = [embedded(&text.text)?].into_iter().chain(queries.cloned()).collect();
+                Ok((Tensor::cat(&rows, 1)?, Sight::default()))
+            }
+        }
+    }
+
+    /// The control tokens (queries, width) of a text.
+    fn control(&self, text: &Text, views: &Encoded<Shown, View>) -> Result<Tensor, EngineError> {
+        let (read, sight) = self.read(text, views, Some(&self.queries))?;
         let (_, tokens, _) = read.dims3()?;
         let (queries, layers) = (self.queries.dim(1)?, self.language.config().layers);
         let present = Tensor::ones((1, tokens), DType::F32, read.device())?;
@@ -337,7 +416,17 @@ impl Brain for MetaQuery {
     fn embed(&mut self, batch: &[EmbedRequest]) -> Vec<Result<ControlSignal, EngineError>> {
         let empty = Text { text: self.negative(&EmbedRequest::default()), pictures: Vec::new() };
         let checked = batch.iter().map(|request| self.tokens(request).map(|_| self.wanted(request)));
-        let wanted: Vec<Result<Vec<(Branch, Text)>, EngineError>> = checked.collect();
+        let mut wanted: Vec<Result<Vec<(Branch, Text)>, EngineError>> = checked.collect();
+        // A picture is read on two branches, and may be in several requests: it is looked at once.
+        let shown: HashSet<Shown> =
+            wanted.iter().flatten().flatten().flat_map(|(_, text)| text.pictures.iter().cloned()).collect();
+        let blind = || EngineError::Crashed("there is nothing that sees".to_owned());
+        let views = Encoded::new(shown.into_iter().collect(), |shown| {
+            self.eyes.as_ref().ok_or_else(blind).and_then(|eyes| eyes.see(shown))
+        });
+        if let Some(thinking) = &self.config.thinking {
+            self.think_of(thinking, &mut wanted, &views);
+        }
         let mut texts: Vec<Text> = Vec::new();
         for (_, text) in wanted.iter().flatten().flatten() {
             let known = texts.contains(text) || (*text == empty && self.unconditional.is_some());
@@ -345,12 +434,6 @@ impl Brain for MetaQuery {
                 texts.push(text.clone());
             }
         }
-        // A picture is read on two branches, and may be in several requests: it is looked at once.
-        let shown: HashSet<Shown> = texts.iter().flat_map(|text| text.pictures.iter().cloned()).collect();
-        let blind = || EngineError::Crashed("there is nothing that sees".to_owned());
-        let views = Encoded::new(shown.into_iter().collect(), |shown| {
-            self.eyes.as_ref().ok_or_else(blind).and_then(|eyes| eyes.see(shown))
-        });
         let found = Encoded::new(texts, |text| self.control(text, &views));
         if self.unconditional.is_none() {
             self.unconditional = found.get(&empty).ok().cloned();

@@ -132,7 +132,7 @@ impl Eyes {
         Ok(View { seen: self.vision.see(&patches)?, at })
     }
 
-    /// A text with pictures between its two parts, and queries after it: what the language model reads (1, tokens, width), and where.
+    /// A text with pictures between its two parts, and queries after it or not: what the language model reads (1, tokens, width), and where.
     ///
     /// # Errors
     /// If a picture or a text cannot be read.
@@ -140,7 +140,7 @@ impl Eyes {
         &self,
         [before, after]: [&str; 2],
         pictures: &[&View],
-        queries: &Tensor,
+        queries: Option<&Tensor>,
         embedded: impl Fn(&str) -> Result<Tensor, EngineError>,
     ) -> Result<(Tensor, Sight), EngineError> {
         let (mut rows, mut stretches) = (Vec::new(), Vec::new());
@@ -155,8 +155,12 @@ impl Eyes {
         }
         text.push_str(after);
         let piece = embedded(&text)?;
-        stretches.push(Stretch::Text(piece.dim(1)? + queries.dim(1)?));
-        rows.extend([piece, queries.clone()]);
+        stretches.push(Stretch::Text(piece.dim(1)?));
+        rows.push(piece);
+        if let Some(queries) = queries {
+            stretches.push(Stretch::Text(queries.dim(1)?));
+            rows.push(queries.clone());
+        }
         let read = Tensor::cat(&rows, 1)?;
         let taps = pictures.first().map_or(0, |view| view.seen.added.len());
         let tap = |tap: usize| {
@@ -171,7 +175,6 @@ impl Eyes {
                     }
                 });
             }
-            parts.push(queries.zeros_like()?);
             Tensor::cat(&parts, 1)
         };
         let added = (0..taps).map(tap).collect::<candle_core::Result<_>>()?;

@@ -161,7 +161,7 @@ impl Network {
                 let mut weights = open()?;
                 (T5::new(t5, &mut weights).map(Self::T5), weights)
             }
-            Kind::Decoder => return language::load(folder, largest, devices).map(Self::Decoder),
+            Kind::Decoder => return language::load(folder, largest, devices, false).map(Self::Decoder),
         };
         let network = network.map_err(|e| unloadable(e.into()))?;
         weights.finish().map_err(|e| unloadable(e.into()))?;

@@ -122,6 +122,14 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The text of ids, without special tokens.
+    ///
+    /// # Errors
+    /// If the tokenizer fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
+        guarded(|| self.inner.decode(ids, true)).map_err(Error::Encode)
+    }
+
     /// The token that texts are padded with.
     pub fn padding(&self) -> u32 {
         self.padding

@@ -112,6 +112,16 @@ impl Config {
     }
 }
 
+/// Whether the table of embeddings predicts tokens too.
+pub fn is_tied(fields: &Map<String, Value>) -> bool {
+    let half = HALVES.into_iter().find_map(|half| fields.get(half)?.as_object());
+    let said =
+        [Some(fields), half].into_iter().flatten().filter_map(|fields| fields.get("tie_word_embeddings")?.as_bool());
+    let gemma =
+        half.unwrap_or(fields).get("model_type").and_then(Value::as_str).is_some_and(|kind| kind.starts_with("gemma"));
+    said.reduce(|outer, inner| outer || inner).unwrap_or(gemma)
+}
+
 /// What GGUF calls the architecture of a configuration.
 pub fn gguf_architecture(fields: &Map<String, Value>) -> &str {
     let half = HALVES.into_iter().find_map(|half| fields.get(half)?.as_object()).unwrap_or(fields);

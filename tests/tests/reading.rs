@@ -1,11 +1,15 @@
-//! Pictures that a brain reads before the prompt: the engines' contract, and the whole path. That they are read, and guide, as in MetaQuery is for `checkpoints.rs`.
+//! What brains read besides a prompt: pictures before it, over the whole path too (that these are read, and guide, as in MetaQuery is for `checkpoints.rs`), and what the language model has written about it.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{io::Cursor, sync::Arc};
+use std::{io::Cursor, path::Path, sync::Arc};
+
+use candle_core::Device;
+use efferent_brain::families as brains;
 
 use efferent_proto::{
     ApiError,
+    internal::{Branch, StreamRole},
     v1::{
         EncodeRequest, ErrorCode, GenerateRequest, JobEvent, PictureSource, job_event::Event, picture_source::Source,
         signal_service_client::SignalServiceClient,
@@ -13,12 +17,13 @@ use efferent_proto::{
 };
 use efferent_tests::{
     calls::{generate, kind, request},
-    checkpoints::{PROMPTS, folder, open, read_with as read, references},
+    checkpoints::{Golden, PROMPTS, TOLERANCE, device, difference, embed, folder, open, read_with as read, references},
     processes::{Cluster, connect},
 };
 use efferent_worker::{
-    engine::{EmbedRequest, RenderRequest},
-    testing,
+    engine::{Brain, EmbedRequest, EngineError, RenderRequest},
+    pipeline::Pipeline,
+    signal, testing,
 };
 use image::{ImageFormat, RgbImage};
 
@@ -56,6 +61,74 @@ fn engines_keep_the_contract_with_pictures() {
         let renders = [render(&requests[0], 3, 1.5), render(&requests[1], 5, 1.0), render(&requests[2], 2, 1.5)];
         testing::check_hand(&mut *hand, &renders);
     }
+}
+
+/// A copy of a checkpoint whose language model writes before the queries are read.
+fn thinking(name: &str, thinking: &serde_json::Value) -> (tempfile::TempDir, Result<Box<dyn Brain>, EngineError>) {
+    let copy = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(folder(name)).unwrap().map(Result::unwrap) {
+        std::os::unix::fs::symlink(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let path = copy.path().join("pipeline.json");
+    let mut manifest: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    manifest["brain"]["config"]["thinking"] = thinking.clone();
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, manifest.to_string()).unwrap();
+    let pipeline = Pipeline::open(copy.path()).unwrap();
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])();
+    (copy, brain)
+}
+
+#[test]
+fn what_the_language_model_writes_is_read_with_the_prompt() {
+    let after = "<|im_end|>\n<|im_start|>assistant\n";
+    let config = |after: &str, until: &str, max_tokens: u32| serde_json::json!({ "after": after, "until": until, "max_tokens": max_tokens });
+    let (_folder, brain) = thinking("metaquery", &config(after, "<|im_end|>", 6));
+    let mut brain = brain.unwrap();
+    let golden = Golden::read("metaquery", "thinking.safetensors");
+    let plain = &mut *open("metaquery").1;
+    let values = |brain: &mut dyn Brain, prompt: &str, branch| {
+        let signal = embed(brain, prompt, "");
+        let stream = signal::find(&signal, StreamRole::Query, branch).unwrap();
+        signal::tensor(stream, &Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    for (i, prompt) in PROMPTS.into_iter().enumerate() {
+        let states = values(&mut *brain, prompt, Branch::Conditional);
+        let error = difference(&states, golden.values(&format!("{i}.states")));
+        assert!(error <= TOLERANCE, "{prompt:?} differs by {error}");
+        assert!(difference(&states, &values(plain, prompt, Branch::Conditional)) > 0.01, "something was written");
+        // Nothing is written about what is to be kept out.
+        assert!(values(&mut *brain, prompt, Branch::Unconditional) == values(plain, prompt, Branch::Unconditional));
+    }
+    let requests = [read(PROMPTS[0], "", &[]), read(PROMPTS[1], "a dog", &[]), read(PROMPTS[2], "", &[])];
+    testing::check_brain(&mut *brain, &requests, &read(&"apple ".repeat(600), "", &[]));
+    // Before pictures too.
+    let (_folder, brain) = thinking(NAMES[1], &config(after, "<|im_end|>", 4));
+    let pictured = [read("a cat", "", &references(NAMES[1])), read("a cat", "", &[])];
+    testing::check_brain(&mut *brain.unwrap(), &pictured, &read(&"apple ".repeat(600), "", &[]));
+    for (wrong, field) in [
+        (config("<|im_end|>", "two tokens", 6), "brain.config.thinking.until"),
+        (config("assistant", "<|im_end|>", 6), "brain.config.thinking"),
+        (config(after, "<|im_end|>", 0), "brain.config.thinking"),
+    ] {
+        match thinking("metaquery", &wrong).1 {
+            Err(EngineError::Refused(error)) => assert_eq!(error.field, field, "{error}"),
+            other => unreachable!("{wrong}: {}", other.is_ok()),
+        }
+    }
+    // A model that is not made for writing: what predicts tokens is missing.
+    let (copy, _) = thinking("metaquery", &config(after, "<|im_end|>", 6));
+    let language = copy.path().join("language_model");
+    std::fs::remove_file(&language).unwrap();
+    std::fs::create_dir(&language).unwrap();
+    let from = folder("metaquery").join("language_model");
+    std::fs::copy(from.join("config.json"), language.join("config.json")).unwrap();
+    let mut tensors = candle_core::safetensors::load(from.join("model.safetensors"), &Device::Cpu).unwrap();
+    assert!(tensors.remove("lm_head.weight").is_some());
+    candle_core::safetensors::save(&tensors, language.join("model.safetensors")).unwrap();
+    let pipeline = Pipeline::open(copy.path()).unwrap();
+    let Err(error) = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])() else { unreachable!() };
+    assert!(format!("{error:?}").contains("lm_head.weight is missing"));
 }
 
 fn file(picture: &RgbImage, format: ImageFormat) -> Vec<u8> {
