@@ -135,9 +135,9 @@ pub fn gguf_architecture(fields: &Map<String, Value>) -> &str {
 
 /// How the pairs of a model that also sees are dealt out over time, row and column: `mrope_section`.
 fn rotary_axes(fields: &Map<String, Value>, kind: &str, head_width: usize) -> Result<Option<RotaryAxes>, String> {
-    let (usual, axes): ([usize; 3], fn([usize; 3]) -> RotaryAxes) = match kind {
-        "qwen2_5_vl" | "qwen2_5_vl_text" => ([16, 24, 24], RotaryAxes::InTurn),
-        "qwen3_vl_text" => ([24, 20, 20], RotaryAxes::Woven),
+    let (usual, woven) = match kind {
+        "qwen2_5_vl" | "qwen2_5_vl_text" => ([16, 24, 24], false),
+        "qwen3_vl_text" => ([24, 20, 20], true),
         _ => return Ok(None),
     };
     let parameters = ["rope_parameters", "rope_scaling"].into_iter().filter_map(|field| fields.get(field));
@@ -157,7 +157,7 @@ fn rotary_axes(fields: &Map<String, Value>, kind: &str, head_width: usize) -> Re
     if counts.iter().try_fold(0usize, |sum, count| sum.checked_add(*count)) != Some(head_width / 2) {
         return Err(format!("mrope_section = {counts:?} does not add up to half of a head's {head_width} channels"));
     }
-    Ok(Some(axes(counts)))
+    Ok(Some(if woven { RotaryAxes::Woven(counts) } else { RotaryAxes::InTurn(counts) }))
 }
 
 /// A `rope_scaling` that scales nothing, but for dealing pairs out (see [`rotary_axes`]).
