@@ -211,6 +211,11 @@ pub fn resolve(
     if request.mask.is_some() && !model.inpainting {
         return Err(not_offered("mask", "none", format!("model {name} does not change parts of pictures")));
     }
+    if model.inpainting_only && (request.init_image.is_none() || request.mask.is_none()) {
+        let field = if request.init_image.is_none() { "init_image" } else { "mask" };
+        let message = format!("model {name} draws parts of pictures: it wants init_image and mask");
+        return Err(not_offered(field, "", message));
+    }
     let (references, most) = (request.reference_images.len(), model.max_reference_images);
     if references > most as usize {
         let message = match most {

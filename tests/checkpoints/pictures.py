@@ -19,6 +19,8 @@ PIPELINES = {
     "sd21": ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", {}),
     "sdxl": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", {}),
     "sdxl-zeros": ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline", {}),
+    "sd15-inpainting": ("StableDiffusionInpaintPipeline", None, "StableDiffusionInpaintPipeline", {"euler": "EulerDiscreteScheduler", "heun": "HeunDiscreteScheduler"}),
+    "sdxl-inpainting": ("StableDiffusionXLInpaintPipeline", None, "StableDiffusionXLInpaintPipeline", {"unipc": "UniPCMultistepScheduler"}),
     "sd3": ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", {}),
     "sd35": ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline", {}),
     "flux-dev": ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline", {}),
@@ -47,7 +49,7 @@ def main(names):
         half = {"variant": "fp16"} if name == "sdxl" else {}
         whole = getattr(diffusers, plain).from_pretrained(folder, torch_dtype=torch.float32, **half)
         parts = whole.components
-        settings = {"requires_safety_checker": False} if name in ("sd15", "sd21") else {}
+        settings = {"requires_safety_checker": False} if name in ("sd15", "sd21", "sd15-inpainting") else {}
         if "sdxl" in name:
             settings = {"force_zeros_for_empty_prompt": whole.config.force_zeros_for_empty_prompt}
         if "unet" in parts:
@@ -56,7 +58,7 @@ def main(names):
         if name.startswith("sd3"):
             # Its inpainting looks only at whether this is the number of published checkpoints.
             parts["transformer"].register_to_config(in_channels=16)
-        height, width = load_file(folder / "golden.safetensors")["0.guided.image"].shape[:2]
+        height, width = (16, 24) if "inpainting" in name else load_file(folder / "golden.safetensors")["0.guided.image"].shape[:2]
         image, mask = pictures(height, width)
         golden = {"init": torch.from_numpy(numpy.array(image)).float(), "mask": torch.from_numpy(numpy.array(mask)).float()}
         own = parts["scheduler"]
@@ -84,17 +86,19 @@ def main(names):
                 golden[f"{key}.image"] = torch.from_numpy((pipe.image_processor.postprocess(decoded, output_type="np")[0] * 255).round()).float()
 
         for strength in (.5, 1.0):
-            drawn(f"begun.{strength}", getattr(diffusers, begun), strength, own)
+            if begun:
+                drawn(f"begun.{strength}", getattr(diffusers, begun), strength, own)
             if partly:
                 drawn(f"partly.{strength}", getattr(diffusers, partly), strength, own, mask_image=mask)
-        if name.startswith("sd1") or name.startswith("sd2") or "sdxl" in name:
+        if begun and (name.startswith("sd1") or name.startswith("sd2") or "sdxl" in name):
             record(whole, golden, "rescaled.0.7", PROMPTS[0], 60, num_inference_steps=STEPS, guidance_scale=4.0, guidance_rescale=.7, height=height, width=width)
         if name in ("sd15", "sdxl"):
             # Of 5 steps 3, 0.7 of them rounded down; the first of PNDM's is counted twice here.
             record(whole, golden, "ranged.0.7", PROMPTS[0], 60, guided_steps=4 if name == "sd15" else 3, num_inference_steps=STEPS, guidance_scale=4.0, height=height, width=width)
         for sampler, scheduler in samplers.items():
             kind = getattr(diffusers, scheduler)
-            drawn(f"begun.{sampler}", getattr(diffusers, begun), .6, kind.from_config(own.config))
+            if begun:
+                drawn(f"begun.{sampler}", getattr(diffusers, begun), .6, kind.from_config(own.config))
             drawn(f"partly.{sampler}", getattr(diffusers, partly), .6, kind.from_config(own.config), mask_image=mask)
         save_file({k: v.contiguous() for k, v in golden.items()}, folder / "pictures.safetensors")
         (folder / "pictures.safetensors").chmod(0o644)

@@ -1,10 +1,11 @@
-"""Makes sd15, sd21, sdxl and sdxl-zeros beside it: Stable Diffusion's pipelines in small, with random weights, as diffusers saves them, and what it computes with them.
+"""Makes sd15, sd21, sdxl and sdxl-zeros beside it, and sd15-inpainting and sdxl-inpainting: Stable Diffusion's pipelines in small, with random weights, as diffusers saves them, and what it
+computes with them; of the last two, that is for `pictures.py`.
 
 python tests/checkpoints/stable_diffusion.py
 """
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, PNDMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline,
+                       StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline,                       UNet2DConditionModel)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from common import NEGATIVE, PROMPTS, clip_tokenizer, published_clip_files, randomise, record, record_batch, save, write_golden
@@ -108,6 +109,24 @@ def main():
         if half:
             pipe.to(torch.float16)
         save(pipe, name, golden, **half)
+
+    # Made for inpainting: shown the mask, and the latent of what stays.
+    for name, xl in (("sd15-inpainting", False), ("sdxl-inpainting", True)):
+        torch.manual_seed(9 + xl)
+        tokenizer, vocabulary = clip_tokenizer()
+        encoder = CLIPTextModel(text(vocabulary, 16, 2, 2, "quick_gelu"))
+        decoder = vae(8, 12, **({"scaling_factor": .13025} if xl else {}))
+        if xl:
+            encoder_2 = CLIPTextModelWithProjection(text(vocabulary, 8, 2, 2, "gelu", projection_dim=10))
+            unet = crossed((8, 16), in_channels=9, cross_attention_dim=24, attention_head_dim=(1, 2), use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=6,
+                           projection_class_embeddings_input_dim=10 + 6 * 6)
+            randomise(encoder, encoder_2, unet, decoder)
+            pipe = StableDiffusionXLInpaintPipeline(decoder, encoder, encoder_2, tokenizer, tokenizer, unet, EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"), add_watermarker=False)
+        else:
+            unet = crossed((8, 16), in_channels=9, cross_attention_dim=16, attention_head_dim=2)
+            randomise(encoder, unet, decoder)
+            pipe = StableDiffusionInpaintPipeline(decoder, encoder, tokenizer, unet, DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False), None, None, requires_safety_checker=False)
+        save(pipe, name, {})
 
 
 if __name__ == "__main__":

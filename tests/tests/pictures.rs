@@ -11,7 +11,7 @@ use efferent_proto::v1::{
 };
 use efferent_tests::{
     calls::{generate, kind, request},
-    checkpoints::{PROMPTS, embed, folder, open, steps_apart},
+    checkpoints::{PROMPTS, begun, embed, folder, open, steps_apart},
     processes::{Cluster, connect},
 };
 use efferent_worker::{engine::RenderRequest, pictures::File, testing};
@@ -144,6 +144,41 @@ async fn a_picture_is_begun_with_wherever_its_file_comes_from() {
     let Some(Event::Failed(failed)) = &events.last().unwrap().event else { unreachable!("{events:?}") };
     assert_eq!(failed.error.as_ref().unwrap().field, "init_image");
     assert!(picture(&generate(&mut client, begun(put(&hash), None)).await) == first);
+}
+
+#[test]
+fn networks_made_for_inpainting_mend_as_in_diffusers() {
+    for name in ["sd15-inpainting", "sdxl-inpainting"] {
+        let (_, mut brain, mut hand) = open(name);
+        let model = hand.spec().model.clone();
+        assert!(model.inpainting_only && model.inpainting, "{name}");
+        begun(name, &mut *brain, &mut *hand).unwrap();
+        let files = [png(&ramp(24, 16)), png(&half(24, 16))];
+        let [image, mask] =
+            [("init_image", &files[0]), ("mask", &files[1])].map(|(field, bytes)| File { field, bytes });
+        let size = Size { width: 24, height: 16 };
+        let signal = embed(&mut *brain, "a cat", "");
+        for sampler in &model.samplers {
+            let render = |seed, steps, strength, mask: Option<File<'_>>| RenderRequest {
+                signal: signal.clone(),
+                size,
+                steps,
+                guidance_scale: 4.0,
+                seed,
+                sampler: sampler.clone(),
+                image_guidance_scale: 1.0,
+                guidance_rescale: 0.0,
+                guidance_range: 0.0..1.0,
+                picture: Some(Arc::new(pictures::picture(image, mask, size, strength).unwrap())),
+            };
+            let samples = [render(1, 6, 0.7, Some(mask)), render(2, 5, 1.0, Some(mask))];
+            testing::check_hand(&mut *hand, &samples);
+            let without = RenderRequest { picture: None, ..samples[0].clone() };
+            for wrong in [without, render(3, 4, 1.0, None)] {
+                assert!(hand.begin(&wrong).unwrap_err().to_string().contains("init_image and mask"), "{name}");
+            }
+        }
+    }
 }
 
 #[test]

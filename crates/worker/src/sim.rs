@@ -55,6 +55,7 @@ pub fn model() -> Model {
         inpainting: false,
         guidance_rescale: false,
         guidance_range: false,
+        inpainting_only: false,
         max_reference_images: 0,
         default_image_guidance_scale: 0.0,
         size_range: None,

@@ -1,9 +1,10 @@
 //! The engine of families that denoise the latent of an autoencoder, as the pipelines of diffusers do. A family adds its [`Network`].
 //!
-//! Read in this order: this file (the engine), [`texts`] (what a control signal says), [`guidance`], [`tiles`] (large latents to pictures).
+//! Read in this order: this file (the engine), `beginning` (from a picture), [`texts`] (what a control signal says), [`guidance`], [`tiles`] (large latents to pictures).
 //!
 //! Source of what surrounds the networks: diffusers 0.42.1, `pipelines/`.
 
+mod beginning;
 mod guidance;
 mod texts;
 pub mod tiles;
@@ -19,13 +20,13 @@ use efferent_proto::{
     work::offers_size,
 };
 use efferent_worker::{
-    engine::{BatchKey, EngineError, EngineSpec, Hand, Picture, RenderRequest, Sample},
+    engine::{BatchKey, EngineError, EngineSpec, Hand, RenderRequest, Sample},
     nn::rows::on_pool,
     pipeline::{Pipeline, diffusers, read_json},
     signal::{self, space_name},
     weights::Weights,
 };
-use image::{GrayImage, RgbImage};
+use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
 
 pub use self::{
@@ -35,8 +36,7 @@ pub use self::{
 use crate::{
     families::Setup,
     networks::LatentSpace,
-    noise::Noise,
-    samplers::{self, Beginning, Flow, Plan, Sampler, Trajectory},
+    samplers::{self, Flow, Plan, Sampler, Trajectory},
 };
 
 /// Samples that share a pass. On CPU a pass takes time in proportion, so more would only keep the first one waiting.
@@ -57,6 +57,11 @@ pub trait Network: Send + Sync + std::fmt::Debug + 'static {
 
     /// Pixels that a side of a picture must be a multiple of.
     fn multiple(&self) -> usize;
+
+    /// Whether it draws the part of a picture that a mask tells, and nothing else, being shown the mask and the latent of what stays beside its own.
+    fn mends(&self) -> bool {
+        false
+    }
 
     /// The autoencoder of its latents.
     fn autoencoder(&self) -> &dyn LatentSpace;
@@ -144,9 +149,19 @@ struct State<C> {
     condition: C,
     /// The same for [`Engine::second`].
     second: Option<C>,
+    /// What the network is shown beside the latent, more channels of it: nothing to most.
+    beside: Vec<f32>,
     /// Steps that are guided.
     guided: Range<u32>,
     size: Size,
+}
+
+/// What a network is asked of a sample, with what it is shown beside.
+fn asked<C>(state: &State<C>) -> (Cow<'_, [f32]>, f32) {
+    match (state.trajectory.question(), &*state.beside) {
+        (question, []) => question,
+        ((latent, time), beside) => (Cow::Owned([&latent, beside].concat()), time),
+    }
 }
 
 fn questions<'a, C>(asked: &'a [(Cow<'a, [f32]>, f32)], conditions: &[&'a C]) -> Vec<Question<'a, C>> {
@@ -263,13 +278,18 @@ pub fn shift_of_size(scheduler: &samplers::Config, tokens: usize) -> Result<f64,
     Ok(tokens as f64 * slope + (low - slope * first))
 }
 
-/// Refuses a network that does not take and give as many channels as the latents have.
+/// Refuses a network that does not take and give as many channels as the latents have, `beside` not counted.
 ///
 /// # Errors
 /// If so.
-pub fn check_channels(part: &str, inputs: usize, outputs: usize, vae: &dyn LatentSpace) -> Result<(), EngineError> {
+pub fn check_channels(
+    part: &str,
+    (inputs, outputs): (usize, usize),
+    beside: usize,
+    vae: &dyn LatentSpace,
+) -> Result<(), EngineError> {
     let latent = vae.channels();
-    if inputs == latent && outputs == latent {
+    if inputs == latent + beside && outputs == latent {
         return Ok(());
     }
     let message = format!("{part} goes from {inputs} to {outputs} channels, the autoencoder's latents have {latent}");
@@ -332,8 +352,9 @@ impl<N: Network> Engine<N> {
             .and_then(|flow| Plan::new(&self.scheduler, sampler, request.steps as usize, skipped, flow))
             .map_err(|error| refused(ErrorCode::NotOffered, "steps", error.to_string()))?;
         let plan = Arc::new(plan);
-        let begun = match &request.picture {
-            None => Trajectory::new(plan, request.seed, shape.iter().product()),
+        let (begun, beside) = match &request.picture {
+            None if self.network.mends() => return Err(beginning::mends_alone()),
+            None => (Trajectory::new(plan, request.seed, shape.iter().product()), Vec::new()),
             Some(picture) => self.begun_with(plan, picture, request, shape)?,
         };
         let (trajectory, step) = match from {
@@ -351,56 +372,11 @@ impl<N: Network> Engine<N> {
                 trajectory,
                 condition,
                 second,
+                beside,
                 guided: request.guided_steps(steps),
                 size: request.size,
             }),
         })
-    }
-
-    /// The beginning of a trajectory from a picture. Noise is drawn as diffusers draws it: for the picture's latent, for the trajectory, and, with a mask, for the latent of what stays, which
-    /// only networks of more channels are shown.
-    fn begun_with(
-        &self,
-        plan: Arc<Plan>,
-        picture: &Picture,
-        request: &RenderRequest,
-        [channels, height, width]: Shape,
-    ) -> Result<Trajectory, EngineError> {
-        let vae = self.network.autoencoder();
-        let factor = vae.factor();
-        let (columns, rows) = ((width * factor) as u32, (height * factor) as u32);
-        let fits = |dims: (u32, u32)| dims == (columns, rows);
-        if !fits(picture.image.dimensions()) || !picture.mask.as_ref().is_none_or(|mask| fits(mask.dimensions())) {
-            return Err(EngineError::Crashed("a picture of another size than is to be drawn".to_owned()));
-        }
-        let pixels: Vec<f32> = picture.image.as_raw().iter().map(|byte| f32::from(*byte) / 255.0 * 2.0 - 1.0).collect();
-        let pixels = Tensor::from_vec(pixels, (1, rows as usize, columns as usize, 3), &self.device)?;
-        let encoded = on_pool(|| vae.encode(&pixels))?;
-        let values = |map: &Tensor| map.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>();
-        let (mut noise, mut latent, drawn) =
-            (Noise::new(request.seed), values(&encoded.mean)?, encoded.deviation.is_some());
-        if let Some(deviation) = &encoded.deviation {
-            let drawn = noise.normal(latent.len());
-            let deviations = values(deviation)?;
-            latent.iter_mut().zip(deviations.iter().zip(&drawn)).for_each(|(x, (by, n))| *x += by * n);
-        }
-        let latent = vae.scale(&Tensor::from_vec(latent, (channels, height, width), &self.device)?)?;
-        let cell = |mask: &GrayImage| {
-            let may = |i: usize| mask.get_pixel((i % width * factor) as u32, (i / width * factor) as u32).0[0] >= 128;
-            (0..channels * height * width).map(|i| f32::from(u8::from(may(i % (height * width))))).collect()
-        };
-        let beginning = Beginning {
-            clean: latent.flatten_all()?.to_vec1()?,
-            noise,
-            draws: u32::from(drawn),
-            mask: picture.mask.as_ref().map(cell),
-            whole: picture.strength >= 1.0,
-        };
-        let mut trajectory = Trajectory::from_picture(plan, beginning);
-        if drawn && picture.mask.is_some() {
-            trajectory.skip_draw();
-        }
-        Ok(trajectory)
     }
 
     /// Asks the network once for each, and goes on by its answers. Which are in the middle of a step now.
@@ -433,7 +409,10 @@ impl<N: Network> Engine<N> {
         branches: usize,
         shape: Shape,
     ) -> Result<Vec<Branches>, EngineError> {
-        let asked: Vec<_> = states.iter().map(|state| state.trajectory.question()).collect();
+        let asked: Vec<_> = states.iter().map(|state| asked(state)).collect();
+        let beside = states.first().map_or(0, |state| state.beside.len());
+        let [channels, height, width] = shape;
+        let shape = [channels + beside / (height * width).max(1), height, width];
         let here: Vec<&N::Condition> = states.iter().map(|state| &state.condition).collect();
         let there: Option<Vec<&N::Condition>> = states.iter().map(|state| state.second.as_ref()).collect();
         let (Some((network, device)), Some(there), 2..) = (&self.second, there, branches) else {

@@ -34,7 +34,7 @@ pub struct Beginning {
     pub draws: u32,
     /// 1 where the picture may change, 0 where it stays; nothing if it may anywhere.
     pub mask: Option<Vec<f32>>,
-    /// Whether, with a mask, all steps are made: then nothing of the clean latent is in what it begins with.
+    /// Whether it begins with noise alone, which then is all that `clean` counts for.
     pub whole: bool,
 }
 
@@ -60,17 +60,12 @@ impl Trajectory {
         let Beginning { clean, mut noise, mut draws, mask, whole } = beginning;
         let drawn = noise.normal(clean.len());
         draws += 1;
-        let latent = match mask.is_some() && whole {
+        let latent = match whole {
             true => drawn.iter().map(|value| value * plan.initial).collect(),
             false => noised(&plan, 0, &clean, &drawn),
         };
         let stays = mask.map(|mask| KeptPart { clean, noise: drawn, mask });
         Self { plan, done: 0, latent, kept: Vec::new(), clean: Vec::new(), noise, draws, stays }
-    }
-
-    /// Another latent of noise is drawn and not used.
-    pub fn skip_draw(&mut self) {
-        self.draw();
     }
 
     /// Whether there is nothing left to evaluate.
@@ -191,7 +186,8 @@ impl Trajectory {
         plan.completes(at)
     }
 
-    fn draw(&mut self) -> Vec<f32> {
+    /// Another latent of noise.
+    pub fn draw(&mut self) -> Vec<f32> {
         self.draws += 1;
         self.noise.normal(self.latent.len())
     }

@@ -227,6 +227,7 @@ pub(crate) fn model(model: &Model) -> Value {
         "inpainting": model.inpainting,
         "guidance_rescale": model.guidance_rescale,
         "guidance_range": model.guidance_range,
+        "inpainting_only": model.inpainting_only,
         "max_reference_images": model.max_reference_images,
         "default_image_guidance_scale": model.default_image_guidance_scale,
         "live_brains": model.live_brains,

@@ -102,7 +102,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
         model.max_prompt_tokens,
         yes(model.negative_prompt),
         yes(model.image_to_image),
-        yes(model.inpainting),
+        if model.inpainting_only { "yes, and nothing else" } else { yes(model.inpainting) },
         yes(model.guidance_rescale),
         yes(model.guidance_range),
         model.max_reference_images,

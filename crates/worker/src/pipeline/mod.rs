@@ -156,6 +156,9 @@ pub struct Offers {
     /// Whether `guidance_start` and `guidance_stop` may be set.
     #[serde(default)]
     pub guidance_range: bool,
+    /// Whether `init_image` and `mask` must be set.
+    #[serde(default)]
+    pub inpainting_only: bool,
     /// Pictures that the brain reads of `reference_images`.
     #[serde(default)]
     pub max_reference_images: u32,
@@ -418,6 +421,7 @@ impl Pipeline {
             inpainting: offers.inpainting,
             guidance_rescale: offers.guidance_rescale,
             guidance_range: offers.guidance_range,
+            inpainting_only: offers.inpainting_only,
             max_reference_images: offers.max_reference_images,
             default_image_guidance_scale: offers.default_image_guidance_scale,
             size_range: offers.size_range.as_ref().map(|range| SizeRange {

@@ -58,7 +58,7 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> std::result::Result<Box<dyn H
             return Err(ApiError::new(ErrorCode::InvalidField, message).field("transformer").into());
         }
         let cells = channels / (PATCH * PATCH);
-        latent::check_channels("transformer", cells, cells, &vae)?;
+        latent::check_channels("transformer", (cells, cells), 0, &vae)?;
         Ok(Flux { transformer, vae })
     })
 }

@@ -46,7 +46,7 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineE
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| DcAutoencoder::new(vae, weights))?;
         let config = transformer.config();
-        latent::check_channels("transformer", config.in_channels, config.out_channels, &vae)?;
+        latent::check_channels("transformer", (config.in_channels, config.out_channels), 0, &vae)?;
         Ok(Sana { transformer, vae })
     })
 }

@@ -51,7 +51,10 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineE
         let (unet, vae) = (parts.config("unet")?, parts.config("vae")?);
         let unet = parts.load("unet", |weights| Unet::new(unet, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
-        latent::check_channels("unet", unet.config().in_channels, unet.config().out_channels, &vae)?;
+        // A mask, and the latent of what it leaves.
+        let marked = 2 * vae.channels() + 1;
+        let beside = if unet.config().in_channels == marked { marked - vae.channels() } else { 0 };
+        latent::check_channels("unet", (unet.config().in_channels, unet.config().out_channels), beside, &vae)?;
         Ok(StableDiffusion { unet, vae })
     })
 }
@@ -74,6 +77,10 @@ impl Network for StableDiffusion {
 
     fn multiple(&self) -> usize {
         self.vae.factor()
+    }
+
+    fn mends(&self) -> bool {
+        self.unet.config().in_channels > self.vae.channels()
     }
 
     fn autoencoder(&self) -> &dyn LatentSpace {

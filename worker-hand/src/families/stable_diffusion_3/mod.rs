@@ -45,7 +45,7 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> std::result::Result<Box<dyn H
         let transformer = parts.load("transformer", |weights| Sd3::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
         let config = transformer.config();
-        latent::check_channels("transformer", config.in_channels, config.out_channels, &vae)?;
+        latent::check_channels("transformer", (config.in_channels, config.out_channels), 0, &vae)?;
         Ok(StableDiffusion3 { transformer, vae })
     })
 }

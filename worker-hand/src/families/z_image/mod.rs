@@ -47,7 +47,7 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineE
         let transformer = parts.load("transformer", |weights| Transformer::new(transformer, weights))?;
         let vae = parts.load("vae", |weights| Autoencoder::new(vae, weights))?;
         let channels = transformer.config().in_channels;
-        latent::check_channels("transformer", channels, channels, &vae)?;
+        latent::check_channels("transformer", (channels, channels), 0, &vae)?;
         Ok(ZImage { transformer, vae })
     })
 }

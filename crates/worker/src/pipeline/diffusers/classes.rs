@@ -11,12 +11,14 @@ pub(super) struct Class {
 }
 
 /// Every class that is known.
-pub(super) const CLASSES: [Class; 7] = [
+pub(super) const CLASSES: [Class; 9] = [
     Class { name: "FluxPipeline", describe: flux },
     Class { name: "SanaPipeline", describe: sana },
     Class { name: "SanaSprintPipeline", describe: sana_sprint },
     Class { name: "StableDiffusion3Pipeline", describe: stable_diffusion_3 },
+    Class { name: "StableDiffusionInpaintPipeline", describe: stable_diffusion },
     Class { name: "StableDiffusionPipeline", describe: stable_diffusion },
+    Class { name: "StableDiffusionXLInpaintPipeline", describe: stable_diffusion_xl },
     Class { name: "StableDiffusionXLPipeline", describe: stable_diffusion_xl },
     Class { name: "ZImagePipeline", describe: z_image },
 ];
@@ -42,6 +44,8 @@ pub(super) struct Described {
     /// Whether diffusers has the pipeline in a form that begins with a picture, and in one that changes a part of it.
     pub(super) image_to_image: bool,
     pub(super) inpainting: bool,
+    /// Whether the network is made for inpainting, and draws nothing else.
+    pub(super) inpainting_only: bool,
     /// Whether the pipeline takes back contrast.
     pub(super) guidance_rescale: bool,
 }
@@ -106,6 +110,7 @@ fn unet_pipeline(
         negative_prompt: true,
         image_to_image: true,
         inpainting: true,
+        inpainting_only: size_of(&unet, "in_channels", 4) > size_of(&unet, "out_channels", 4),
         guidance_rescale: true,
     })
 }
@@ -198,6 +203,7 @@ fn flux(folder: &Folder<'_>) -> Result<Described, Error> {
         negative_prompt: false,
         image_to_image: true,
         inpainting: true,
+        inpainting_only: false,
         guidance_rescale: false,
     })
 }
@@ -265,6 +271,7 @@ fn stable_diffusion_3(folder: &Folder<'_>) -> Result<Described, Error> {
         negative_prompt: true,
         image_to_image: true,
         inpainting: true,
+        inpainting_only: false,
         guidance_rescale: false,
     })
 }
@@ -309,6 +316,7 @@ fn z_image(folder: &Folder<'_>) -> Result<Described, Error> {
         negative_prompt: true,
         image_to_image: true,
         inpainting: true,
+        inpainting_only: false,
         guidance_rescale: false,
     })
 }
@@ -367,6 +375,7 @@ fn sana_of(folder: &Folder<'_>, schedulers: &[&str], sprint: bool) -> Result<Des
         negative_prompt: !sprint,
         image_to_image: sprint,
         inpainting: false,
+        inpainting_only: false,
         guidance_rescale: false,
     })
 }

@@ -121,6 +121,7 @@ pub(super) fn read(path: &Path) -> Result<(Manifest, String), Error> {
         guidance_rescale: described.guidance_rescale,
         // Where the strength of guidance is a number that the network is told, there is nothing to leave out.
         guidance_range: described.negative_prompt,
+        inpainting_only: described.inpainting_only,
         max_reference_images: 0,
         default_image_guidance_scale: 0.0,
     };
