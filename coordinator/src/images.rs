@@ -211,11 +211,13 @@ impl Images {
     async fn resolve(&self, mut request: GenerateRequest) -> Result<(GenerateRequest, Model), ApiError> {
         if request.signal_id.is_empty() {
             let model = self.directory.choose(&request.model, directory::needs(&request))?;
+            validate::mended(&request, &model)?;
             pictures::fit(&self.ledger, &mut request, &model).await?;
             return Ok((validate::resolve(request, &model, self.options.default_deadline)?, model));
         }
         let signal = signals::find(&self.ledger, &request.signal_id).await?;
         let model = self.directory.choose_hand(&request.model, &signal)?;
+        validate::mended(&request, &model)?;
         pictures::fit(&self.ledger, &mut request, &model).await?;
         let resolved = validate::resolve(request, &model, self.options.default_deadline)?;
         let Signal { prompt, negative_prompt, .. } = signal;

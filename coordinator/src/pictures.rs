@@ -14,6 +14,9 @@ use image::{ImageDecoder as _, ImageReader, metadata::Orientation};
 
 use crate::images::unavailable;
 
+/// Most pixels of a picture for a brain to read. It is scaled to a million or so, but must be held in memory before.
+const MAX_REFERENCE_PIXELS: u64 = 50_000_000;
+
 /// Checks the pictures of a request as far as their beginnings tell, and has a request without a size be as large as the one that it begins with: rounded down to what the model offers, or left open.
 ///
 /// # Errors
@@ -21,8 +24,15 @@ use crate::images::unavailable;
 pub async fn fit(ledger: &Ledger, request: &mut GenerateRequest, model: &Model) -> Result<(), ApiError> {
     // What a model does not offer is refused for that.
     if request.reference_images.len() <= model.max_reference_images as usize {
+        let field = "reference_images";
         for source in &request.reference_images {
-            size(ledger, "reference_images", source).await?;
+            let Size { width, height } = size(ledger, field, source).await?;
+            if u64::from(width) * u64::from(height) > MAX_REFERENCE_PIXELS {
+                let message =
+                    format!("{field}: a picture of {width}x{height} pixels, over {MAX_REFERENCE_PIXELS} pixels");
+                let error = ApiError::new(ErrorCode::LimitExceeded, message).field(field);
+                return Err(error.limit(MAX_REFERENCE_PIXELS.to_string()));
+            }
         }
     }
     if !model.image_to_image {

@@ -211,11 +211,6 @@ pub fn resolve(
     if request.mask.is_some() && !model.inpainting {
         return Err(not_offered("mask", "none", format!("model {name} does not change parts of pictures")));
     }
-    if model.inpainting_only && (request.init_image.is_none() || request.mask.is_none()) {
-        let field = if request.init_image.is_none() { "init_image" } else { "mask" };
-        let message = format!("model {name} draws parts of pictures: it wants init_image and mask");
-        return Err(not_offered(field, "", message));
-    }
     let (references, most) = (request.reference_images.len(), model.max_reference_images);
     if references > most as usize {
         let message = match most {
@@ -299,6 +294,25 @@ pub fn resolve(
     Ok(resolved)
 }
 
+/// Refuses a request for pictures that brings none to a model that draws parts of pictures. (A control signal of it can be had without.)
+///
+/// # Errors
+/// If so.
+pub fn mended(request: &GenerateRequest, model: &Model) -> Result<(), ApiError> {
+    let field = match (&request.init_image, &request.mask) {
+        (None, _) => "init_image",
+        (_, None) => "mask",
+        _ => return Ok(()),
+    };
+    match model.inpainting_only {
+        true => {
+            let message = format!("model {} draws parts of pictures: it wants init_image and mask", model.name);
+            Err(not_offered(field, "", message))
+        }
+        false => Ok(()),
+    }
+}
+
 /// The request for a control signal, as one for pictures: with what no model could take refused.
 ///
 /// # Errors
@@ -375,6 +389,20 @@ mod tests {
         syntax(&request)
             .and_then(|()| resolve(request, &model(), Duration::from_secs(60)))
             .map_err(|error| (error.code, error.field, error.limit))
+    }
+
+    #[test]
+    fn what_only_mends_wants_a_picture_and_a_mask() {
+        let mends = Model { inpainting_only: true, ..model() };
+        let bare = GenerateRequest::default();
+        let begun = GenerateRequest { init_image: source(b"1"), ..bare.clone() };
+        let whole = GenerateRequest { mask: source(b"2"), ..begun.clone() };
+        for (request, field) in [(&bare, "init_image"), (&begun, "mask")] {
+            let error = mended(request, &mends).expect_err("is refused");
+            assert_eq!((error.code, error.field.as_str()), (ErrorCode::NotOffered, field));
+            assert!(mended(request, &model()).is_ok());
+        }
+        assert!(mended(&whole, &mends).is_ok());
     }
 
     #[test]

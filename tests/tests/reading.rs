@@ -194,11 +194,13 @@ async fn pictures_go_to_the_brain_over_the_whole_path() {
 
     let damaged = file(&pictures[0], ImageFormat::Png);
     let cut = brought(damaged[..damaged.len() / 2].to_vec());
+    let large = brought(file(&RgbImage::new(10_000, 5_001), ImageFormat::Png));
     let long = brought(file(&RgbImage::new(402, 1), ImageFormat::WebP));
     for (refused, code, field) in [
         (asked(vec![files[0].clone(); 3], None), ErrorCode::NotOffered, "reference_images"),
         (asked(vec![files[0].clone(); 9], None), ErrorCode::LimitExceeded, "reference_images"),
         (asked(vec![brought(b"GIF89a".to_vec())], None), ErrorCode::InvalidField, "reference_images"),
+        (asked(vec![large], None), ErrorCode::LimitExceeded, "reference_images"),
         (asked(vec![PictureSource::default()], None), ErrorCode::InvalidField, "reference_images"),
         (asked(Vec::new(), Some(2.0)), ErrorCode::InvalidField, "image_guidance_scale"),
         (asked(files.clone(), Some(f32::NAN)), ErrorCode::LimitExceeded, "image_guidance_scale"),

@@ -41,6 +41,8 @@ use crate::{
 
 /// One batch computes while the next one is pulled.
 const BATCHES: usize = 2;
+/// Requests of a batch of which some have pictures that are read at once.
+const PICTURED: usize = 4;
 /// So many more may be computed and not yet published: the queue's latency does not keep the engine waiting.
 const UNPUBLISHED: usize = 8;
 
@@ -264,10 +266,10 @@ impl Worker {
 
     /// Computes and publishes a batch. Its place is free as soon as the engine is done with it.
     async fn encode(&self, mut taken: Vec<Taken>, place: OwnedSemaphorePermit) {
-        let tasks: Vec<BrainTask> = taken.iter().map(|taken| taken.task.clone()).collect();
+        let asked = taken.iter().map(|taken| asked(&taken.task)).collect();
         let started = Instant::now();
         let encoding = async {
-            let outcomes = self.outcomes(&tasks).await;
+            let outcomes = self.outcomes(asked).await;
             drop(place);
             outcomes
         };
@@ -280,34 +282,34 @@ impl Worker {
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
     }
 
-    /// One outcome for each task. One whose pictures cannot be read leaves the others alone.
-    async fn outcomes(&self, tasks: &[BrainTask]) -> Vec<Outcome> {
-        let requests = join_all(tasks.iter().map(|task| self.embed_request(task))).await;
-        let mut failed = Vec::new();
-        let mut readable = Vec::new();
-        for request in requests {
-            match request {
-                Ok(request) => {
-                    readable.push(request);
-                    failed.push(None);
-                }
-                Err(error) => failed.push(Some(Err(Arc::new(error)))),
-            }
+    /// One outcome for each request. One whose pictures cannot be read leaves the others alone.
+    async fn outcomes(&self, asked: Vec<Asked>) -> Vec<Outcome> {
+        if asked.iter().all(|(_, sources)| sources.is_empty()) {
+            return self.encoder.encode(asked.into_iter().map(|(request, _)| request).collect()).await;
         }
-        let mut encoded = self.encoder.encode(readable).await.into_iter();
-        let missing = || Err(Arc::new(EngineError::Crashed("the engine left out a prompt of its batch".to_owned())));
-        failed.into_iter().map(|failed| failed.or_else(|| encoded.next()).unwrap_or_else(missing)).collect()
+        // Pictures take memory: few requests with some at a time.
+        let mut outcomes = Vec::new();
+        for asked in asked.chunks(PICTURED) {
+            let read = join_all(asked.iter().map(|(request, sources)| self.with_pictures(request, sources))).await;
+            let readable = read.iter().filter_map(|request| request.as_ref().ok().cloned()).collect();
+            let mut encoded = self.encoder.encode(readable).await.into_iter();
+            let missing =
+                || Err(Arc::new(EngineError::Crashed("the engine left out a prompt of its batch".to_owned())));
+            outcomes.extend(read.into_iter().map(|request| match request {
+                Ok(_) => encoded.next().unwrap_or_else(missing),
+                Err(error) => Err(Arc::new(error)),
+            }));
+        }
+        outcomes
     }
 
-    /// What a task asks to be read, with the pictures that it refers to.
-    async fn embed_request(&self, task: &BrainTask) -> Result<EmbedRequest, EngineError> {
-        let Some(request) = &task.request else { return Ok(EmbedRequest::default()) };
-        let read = request.reference_images.iter().map(|source| self.reference(source));
-        Ok(EmbedRequest {
-            prompt: request.prompt.clone(),
-            negative_prompt: request.negative_prompt.clone(),
-            references: join_all(read).await.into_iter().collect::<Result<_, _>>()?,
-        })
+    async fn with_pictures(
+        &self,
+        request: &EmbedRequest,
+        sources: &[PictureSource],
+    ) -> Result<EmbedRequest, EngineError> {
+        let read = join_all(sources.iter().map(|source| self.reference(source))).await;
+        Ok(EmbedRequest { references: read.into_iter().collect::<Result<_, _>>()?, ..request.clone() })
     }
 
     async fn reference(&self, source: &PictureSource) -> Result<Arc<Reference>, EngineError> {
@@ -462,6 +464,15 @@ impl Worker {
             }
         }
     }
+}
+
+/// What is to be read, and the pictures that belong to it.
+type Asked = (EmbedRequest, Vec<PictureSource>);
+
+fn asked(task: &BrainTask) -> Asked {
+    let Some(request) = &task.request else { return Asked::default() };
+    let (prompt, negative_prompt) = (request.prompt.clone(), request.negative_prompt.clone());
+    (EmbedRequest { prompt, negative_prompt, references: Vec::new() }, request.reference_images.clone())
 }
 
 fn hash(source: PictureSource) -> Option<String> {

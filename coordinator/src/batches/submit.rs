@@ -347,6 +347,7 @@ impl Batches {
             Err(error) => return Err(error),
         };
         let Some(model) = model else { return Ok(None) };
+        validate::mended(item, &model)?;
         let request = validate::resolve(item.clone(), &model, self.images.default_deadline())?;
         Ok(Some((model.name, work::request_units(&request))))
     }
