@@ -14,7 +14,7 @@ use efferent_tests::{
     checkpoints::{PROMPTS, begun, embed, folder, open, steps_apart},
     processes::{Cluster, connect},
 };
-use efferent_worker::{engine::RenderRequest, pictures::File, testing};
+use efferent_worker::{engine::RenderRequest, pictures::File, signal::ControlSignal, testing};
 use image::{ImageFormat, Rgb, RgbImage};
 
 fn ramp(width: u32, height: u32) -> RgbImage {
@@ -46,6 +46,22 @@ fn picture(events: &[JobEvent]) -> RgbImage {
         _ => None,
     });
     image::load_from_memory(&image.unwrap()).unwrap().to_rgb8()
+}
+
+/// What requests to a hand have in common here.
+fn usual(signal: &Arc<ControlSignal>, size: Size, sampler: &str) -> RenderRequest {
+    RenderRequest {
+        signal: signal.clone(),
+        size,
+        steps: 4,
+        guidance_scale: 4.0,
+        image_guidance_scale: 1.0,
+        guidance_rescale: 0.0,
+        guidance_range: 0.0..1.0,
+        seed: 1,
+        sampler: sampler.to_owned(),
+        picture: None,
+    }
 }
 
 /// Steps that were told, and of how many.
@@ -99,17 +115,14 @@ async fn a_picture_is_begun_with_wherever_its_file_comes_from() {
     let size = Size { width, height };
     let (image, mask) = (png(&ramp(width, height)), png(&half(width, height)));
     let (image, mask) = (File { field: "init_image", bytes: &image }, File { field: "mask", bytes: &mask });
+    let signal = embed(&mut *engines.1, PROMPTS[0], "");
+    let sampler = &engines.2.spec().model.samplers[0];
     let alone = RenderRequest {
-        signal: embed(&mut *engines.1, PROMPTS[0], ""),
-        size,
         steps: 6,
         guidance_scale: 2.0,
         seed: 3,
-        sampler: engines.0.model(&engines.0.declared_space().unwrap()).samplers[0].clone(),
-        image_guidance_scale: 1.0,
-        guidance_rescale: 0.0,
-        guidance_range: 0.0..1.0,
         picture: Some(Arc::new(pictures::picture(image, Some(mask), size, 0.5).unwrap())),
+        ..usual(&signal, size, sampler)
     };
     let mut sample = engines.2.begin(&alone).unwrap();
     while !sample.is_complete() {
@@ -159,17 +172,12 @@ fn networks_made_for_inpainting_mend_as_in_diffusers() {
         let size = Size { width: 24, height: 16 };
         let signal = embed(&mut *brain, "a cat", "");
         for sampler in &model.samplers {
+            let usual = usual(&signal, size, sampler);
             let render = |seed, steps, strength, mask: Option<File<'_>>| RenderRequest {
-                signal: signal.clone(),
-                size,
                 steps,
-                guidance_scale: 4.0,
                 seed,
-                sampler: sampler.clone(),
-                image_guidance_scale: 1.0,
-                guidance_rescale: 0.0,
-                guidance_range: 0.0..1.0,
                 picture: Some(Arc::new(pictures::picture(image, mask, size, strength).unwrap())),
+                ..usual.clone()
             };
             let samples = [render(1, 6, 0.7, Some(mask)), render(2, 5, 1.0, Some(mask))];
             testing::check_hand(&mut *hand, &samples);
@@ -184,24 +192,20 @@ fn networks_made_for_inpainting_mend_as_in_diffusers() {
 #[test]
 fn samples_that_began_with_pictures_keep_the_contract() {
     for (name, size) in [("sd15", 16), ("sdxl", 16), ("flux-dev", 16), ("sana-sprint", 32)] {
-        let (_, _, mut hand) = open(name);
+        let (_, mut brain, mut hand) = open(name);
         let model = hand.spec().model.clone();
+        let signal = embed(&mut *brain, "a cat", "");
         let files = [png(&ramp(size, size)), png(&half(size, size))];
         let [image, mask] =
             [("init_image", &files[0]), ("mask", &files[1])].map(|(field, bytes)| File { field, bytes });
         let size = Size { width: size, height: size };
         for sampler in &model.samplers {
+            let usual = usual(&signal, size, sampler);
             let render = |seed, steps, strength, mask: Option<File<'_>>| RenderRequest {
-                signal: embed(&mut *open(name).1, "a cat", ""),
-                size,
                 steps,
-                guidance_scale: 4.0,
                 seed,
-                sampler: sampler.clone(),
-                image_guidance_scale: 1.0,
-                guidance_rescale: 0.0,
-                guidance_range: 0.0..1.0,
                 picture: Some(Arc::new(pictures::picture(image, mask, size, strength).unwrap())),
+                ..usual.clone()
             };
             let mask = model.inpainting.then_some(mask);
             testing::check_hand(

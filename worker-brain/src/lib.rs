@@ -2,7 +2,7 @@
 //!
 //! Read in this order: [`service`] (the worker), [`batch`] (prompts to batches, cached signals), [`shared`] (what the brains of a cluster compute once), [`serve`] (large signals on their way to hands), [`families`] (brains), [`language`] (language models from folders), [`connectors`] (from their states to control signals).
 //!
-//! Deliberately absent: pixels, and everything that a hand knows.
+//! Deliberately absent: everything that a hand knows. Pixels are what some brains read, never what they write.
 
 pub mod batch;
 pub mod connectors;

@@ -4,7 +4,7 @@
 //! [`pipeline`] (a model folder: which brain, connector and hand go together), [`weights`] (safetensors and GGUF, checked), [`memory`] (whether they fit),
 //! [`nn`] (building blocks of models), [`devices`] (what there is to compute on, and that nobody else does), [`thread`] (the OS thread that owns
 //! an engine), [`watchdog`] (that it comes back), [`intake`] (pulling from lanes), [`task`] (a
-//! leased task and its duties), [`lifecycle`] (registration, heartbeat, drain), [`roster`] (several models in one worker), [`stage_time`] (what work takes), [`sim`] (what simulated engines agree on), [`testing`] (the conformance kit).
+//! leased task and its duties), [`pictures`] (files of pictures that tasks refer to), [`lifecycle`] (registration, heartbeat, drain), [`roster`] (several models in one worker), [`stage_time`] (what work takes), [`sim`] (what simulated engines agree on), [`testing`] (the conformance kit).
 //!
 //! Deliberately absent: any particular model (those are families in the workers), and anything of gRPC.
 

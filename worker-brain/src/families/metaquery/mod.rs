@@ -144,18 +144,13 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         .map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let encode = |text: &str| tokenizer.encode(text).map_err(|e| unloadable("the template")(e.into()));
     let Loaded { connector, beside, queries, states, width } = load_connector(pipeline, part, &config.queries, device)?;
-    let language = language::load(
-        &pipeline.folder().join(&config.language_model),
-        tokenizer.largest(),
-        devices,
-        config.thinking.is_some(),
-    )?;
+    let folder = pipeline.folder().join(&config.language_model);
+    let language = language::load(&folder, tokenizer.largest(), devices, config.thinking.is_some())?;
     if language.config().width != states {
         let message =
             format!("the connector reads {states} channels, the language model has {}", language.config().width);
         return Err(refused("connector.config.states", message));
     }
-    let folder = pipeline.folder().join(&config.language_model);
     let eyes = config.pictures.clone().map(|pictures| Eyes::open(pictures, &folder, states, device)).transpose()?;
     let rows = match (&config.queries, beside) {
         (Queries::Embeddings, Some(rows)) => rows.unsqueeze(0)?,
