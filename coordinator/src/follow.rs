@@ -122,7 +122,7 @@ impl Follower {
                     Err(Stop::Bus(_)) => failures += 1,
                 }
             }
-            let left = self.expires_at.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default());
+            let left = self.expires_at.map(|at| at.duration_since(self.ledger.now()).unwrap_or_default());
             let silence = self.guard.min(left.unwrap_or(MOST_GUARD).max(SHORTEST_GUARD));
             look = tokio::select! {
                 event = events.next() => match event {
@@ -145,7 +145,7 @@ impl Follower {
                 () = self.client.closed() => return Err(None),
                 () = shutdown.requested() => {
                     let event = Event::Detached(Detached { after: self.last });
-                    let event = JobEvent { job_id: self.job, number: self.last, time: Some(time::timestamp(SystemTime::now())), event: Some(event) };
+                    let event = JobEvent { job_id: self.job, number: self.last, time: Some(time::timestamp(self.ledger.now())), event: Some(event) };
                     let _ = self.client.send(Ok(event)).await;
                     return Ok(());
                 }
@@ -258,7 +258,7 @@ enum Stop {
 /// # Errors
 /// If the bus is unavailable.
 pub async fn expire(ledger: &Ledger, record: JobRecord) -> efferent_bus::Result<JobRecord> {
-    if has_ended(&record) || expires_at(&record).is_none_or(|at| SystemTime::now() < at) {
+    if has_ended(&record) || expires_at(&record).is_none_or(|at| ledger.now() < at) {
         return Ok(record);
     }
     let error = ApiError::new(ErrorCode::Expired, "the deadline passed before every image was rendered");

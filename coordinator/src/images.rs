@@ -233,7 +233,7 @@ impl Images {
 
     /// A job of a request that has every default filled in.
     pub(crate) fn drafted(&self, id: String, request: GenerateRequest, model: Model) -> JobRecord {
-        let now = SystemTime::now();
+        let now = self.ledger.now();
         let deadline = request.deadline.as_ref().and_then(time::duration).unwrap_or(self.options.default_deadline);
         let depth = self.directory.depth(&first_queue(&request, &model));
         transition::accepted(id, request, model, now, now + deadline, depth + 1)
@@ -297,11 +297,12 @@ impl Images {
     ) -> Events {
         let (sender, receiver) = mpsc::channel(BACKLOG);
         let following = follow::follow(self.ledger.clone(), id.clone(), tail, wish, sender, self.shutdown.clone());
+        let ledger = self.ledger.clone();
         tokio::spawn(async move {
             following.await;
             drop(places);
             if let Some((trace, began)) = span {
-                trace.tell("Generate", began, SystemTime::now(), &[("efferent.job_id", &id)]);
+                trace.tell("Generate", began, ledger.now(), &[("efferent.job_id", &id)]);
             }
         });
         let mark = move |event: Result<JobEvent, Status>| {
@@ -364,7 +365,7 @@ impl ImageService for Images {
     type GetImageStream = BoxStream<'static, Result<ImageChunk, Status>>;
 
     async fn generate(&self, request: Request<GenerateRequest>) -> Result<Response<Events>, Status> {
-        let (started, began) = (Instant::now(), SystemTime::now());
+        let (started, began) = (Instant::now(), self.ledger.now());
         let trace = trace_of(&request);
         let request = request.into_inner();
         let inline_images = request.inline_images;
@@ -375,7 +376,7 @@ impl ImageService for Images {
             let place = self.gate.stream(tenant)?;
             let (id, tail) = self.accept(request, &trace).await?;
             let existing = tail.is_none();
-            trace.child().tell("accept", began, SystemTime::now(), &[("efferent.job_id", &id)]);
+            trace.child().tell("accept", began, self.ledger.now(), &[("efferent.job_id", &id)]);
             let span = (!existing).then(|| (trace.clone(), began));
             Ok(self.stream(id, tail, Wish { after: 0, inline_images }, (permit, Some(place)), existing, span))
         };

@@ -96,6 +96,8 @@ pub fn estimate(brain: Stage, hand: Stage, ahead: Ahead, images: f64, units: f64
 /// # Errors
 /// If the bus is unavailable.
 pub async fn quote(directory: &Directory, request: &GenerateRequest, model: &Model) -> Result<Quotation, ApiError> {
+    // A model's first request may be this one, and only a queue that was declared can be asked.
+    directory.declare(model).await.map_err(unavailable)?;
     let (mut brain, hand) = (directory.stage(WorkerRole::Brain, model), directory.stage(WorkerRole::Hand, model));
     if !request.signal_id.is_empty() {
         // It passes by the brain.

@@ -1,6 +1,6 @@
 //! `SignalService`: control signals as objects. The values go from brains to hands; what is here are their ids.
 
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use efferent_bus::ledger::Ledger;
 use efferent_proto::{
@@ -111,10 +111,10 @@ impl Signals {
 #[tonic::async_trait]
 impl SignalService for Signals {
     async fn encode(&self, request: Request<EncodeRequest>) -> Result<Response<Signal>, Status> {
-        let (started, began) = (Instant::now(), SystemTime::now());
+        let (started, began) = (Instant::now(), self.ledger.now());
         let trace = trace_of(&request);
         let outcome = self.encode(request.into_inner(), &trace).await;
-        trace.tell("Encode", began, SystemTime::now(), &[]);
+        trace.tell("Encode", began, self.ledger.now(), &[]);
         count("Encode", started, outcome).map(Response::new)
     }
 

@@ -203,7 +203,7 @@ impl Cluster {
 
     /// Starts `efferent ROLE ARGS` on the cluster's queue and waits until it is ready. Returns its standard output so far too.
     pub fn role(&self, role: &str, args: &[&str]) -> (Process, Vec<String>) {
-        self.try_role(role, args).unwrap_or_else(|why| panic!("{why}\n{}", self.log()))
+        self.role_through(&[], role, args)
     }
 
     /// Likewise.
@@ -214,10 +214,10 @@ impl Cluster {
         self.run(&[], role, &[&["--nats", &self.nats_url()], args].concat())
     }
 
-    /// Starts it in a network namespace.
-    pub fn role_in(&self, namespace: &str, role: &str) -> Process {
-        let started = self.run(&["ip", "netns", "exec", namespace], role, &["--nats", &self.nats_url()]);
-        started.unwrap_or_else(|why| panic!("{why}\n{}", self.log())).0
+    /// Starts it through a command that runs another: in a network namespace, say.
+    pub fn role_through(&self, through: &[&str], role: &str, args: &[&str]) -> (Process, Vec<String>) {
+        let started = self.run(through, role, &[&["--nats", &self.nats_url()], args].concat());
+        started.unwrap_or_else(|why| panic!("{why}\n{}", self.log()))
     }
 
     /// Starts `efferent launch ARGS` on the cluster's queue. Its workers need not be ready yet.
@@ -234,8 +234,13 @@ impl Cluster {
 
     /// Starts `efferent up` on a queue of its own in this folder. Returns its URL too.
     pub fn up_in(&self, home: &Path) -> (Process, String) {
+        self.up_through(&[], home)
+    }
+
+    /// Likewise, through a command that runs another.
+    pub fn up_through(&self, through: &[&str], home: &Path) -> (Process, String) {
         let home = home.to_str().expect("UTF-8");
-        let started = self.run(&[], "up", &["--listen", "127.0.0.1:0", "--home", home]);
+        let started = self.run(through, "up", &["--listen", "127.0.0.1:0", "--home", home]);
         let (process, lines) = started.unwrap_or_else(|why| panic!("{why}\n{}", self.log()));
         (process, url(&lines))
     }
@@ -275,7 +280,12 @@ impl Cluster {
 
     /// Starts a coordinator. Returns its URL too.
     pub fn coordinator(&self) -> (Process, String) {
-        let (process, lines) = self.role("coordinator", &["--listen", "127.0.0.1:0"]);
+        self.coordinator_through(&[])
+    }
+
+    /// Likewise, through a command that runs another.
+    pub fn coordinator_through(&self, through: &[&str]) -> (Process, String) {
+        let (process, lines) = self.role_through(through, "coordinator", &["--listen", "127.0.0.1:0"]);
         (process, url(&lines))
     }
 

@@ -284,7 +284,7 @@ async fn a_worker_that_is_cut_off_is_replaced_and_comes_back() {
     let settings = [SETTINGS, &[("EFFERENT_SIM__STEP", "50ms")]].concat();
     let cluster = Cluster::with_servers(&settings, "always", 1, &island.host);
     let _brain = cluster.role("brain", &[]);
-    let far = cluster.role_in(&island.name, "hand");
+    let (far, _) = cluster.role_through(&["ip", "netns", "exec", &island.name], "hand", &[]);
     let (_coordinator, url) = cluster.coordinator();
     let mut client = connect(&url).await;
     let wanted = GenerateRequest { steps: Some(40), ..request("a cat") };

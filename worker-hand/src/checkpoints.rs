@@ -4,7 +4,7 @@
 //! All of it is best effort. A checkpoint that is missing, broken, of another request, another model or a newer version is not used, and the
 //! image is begun anew. What is kept is removed when the image is settled, or at the latest when its deadline has passed.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use efferent_bus::{Bucket, SharedBus, ledger::encode, read_object};
@@ -85,7 +85,7 @@ impl Checkpoints {
         }
         self.wait().await;
         let (bus, key, before) = (self.bus.clone(), self.key.clone(), self.kept.clone());
-        let expires = time::from_unix_ms(self.expires_at_ms).duration_since(SystemTime::now()).unwrap_or_default();
+        let expires = time::from_unix_ms(self.expires_at_ms).duration_since(self.bus.now()).unwrap_or_default();
         let time_to_live = Some(expires.max(LEAST_TIME));
         let step = checkpoint.step;
         let stored = StoredCheckpoint {
@@ -150,7 +150,7 @@ mod tests {
     }
 
     fn of(bus: &SharedBus, task: &str, revision: &str) -> Checkpoints {
-        Checkpoints::new(bus, ("JOB", 3), task.as_bytes(), revision, time::unix_ms(SystemTime::now()) + 60_000)
+        Checkpoints::new(bus, ("JOB", 3), task.as_bytes(), revision, time::unix_ms(bus.now()) + 60_000)
     }
 
     fn checkpoint(step: u32) -> Checkpoint {

@@ -1,10 +1,6 @@
 //! The hand worker: pulls tasks, renders them in the running batch, records images.
 
-use std::{
-    path::PathBuf,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use efferent_bus::{
     Delivery,
@@ -468,7 +464,7 @@ impl Worker {
     async fn tell(&self, task: &HandTask, progress: Vec<Event>) {
         let known = self.ledger.known(&task.job_id);
         let number = known.and_then(|known| known.record).map_or(0, |record| record.log.len() as u64);
-        let time = Some(time::timestamp(SystemTime::now()));
+        let time = Some(time::timestamp(self.ledger.now()));
         let event = |event| JobEvent { job_id: task.job_id.clone(), number, time, event: Some(event) };
         self.ledger.pass(&task.job_id, progress.into_iter().map(event).collect()).await;
     }

@@ -208,7 +208,7 @@ impl Active {
     }
 
     /// Counts states anew into the record.
-    fn count(&mut self) {
+    fn count(&mut self, now: SystemTime) {
         let mut counts = [0; 6];
         for state in self.chunks.iter().flat_map(|chunk| chunk.record.states.iter()) {
             counts[usize::from(*state).min(5)] += 1;
@@ -222,7 +222,7 @@ impl Active {
         batch.cancelled = counts[ItemState::Cancelled as usize];
         if over {
             batch.set_state(if cancelling { BatchState::Cancelled } else { BatchState::Ended });
-            batch.finished_at = Some(time::timestamp(SystemTime::now()));
+            batch.finished_at = Some(time::timestamp(now));
         }
     }
 }
@@ -264,7 +264,7 @@ pub(super) async fn write(batches: &Batches, active: &mut HashMap<String, Active
             (chunk.revision, chunk.changed) = (written.unwrap_or(chunk.revision), false);
         }
         if ours {
-            one.count();
+            one.count(batches.ledger.now());
             one.record.batch = Some(one.batch.clone());
             match batches.ledger.swap_batch(&one.record, one.revision).await? {
                 Some(revision) => one.revision = revision,

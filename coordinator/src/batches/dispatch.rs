@@ -5,7 +5,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use efferent_bus::ledger::{
@@ -235,7 +235,7 @@ async fn release(batches: &Batches, batch: &str, head: &Head) -> Result<bool, Ap
         Ok(record) => JobRecord { batch_id: batch.to_owned(), ..record },
         Err(error) if matches!(error.code, ErrorCode::NoWorker | ErrorCode::BusUnavailable) => return Err(error),
         Err(error) => {
-            let now = SystemTime::now();
+            let now = batches.ledger.now();
             let mut record = transition::accepted(id, request, Model::default(), now, now, 0);
             let end = Transition::End { state: JobState::Failed, error: error.into() };
             transition::apply(&mut record, &end, now);

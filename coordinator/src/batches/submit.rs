@@ -1,9 +1,6 @@
 //! From a stream of items to a stored batch.
 
-use std::{
-    collections::HashMap,
-    time::{Duration, SystemTime},
-};
+use std::{collections::HashMap, time::Duration};
 
 use efferent_bus::{
     ledger::batches::{CHUNK_ITEMS, Stored, batch_id, is_over},
@@ -160,7 +157,7 @@ impl Batches {
             batch_id: id,
             name: header.name.clone(),
             tenant: tenants::named(&header.tenant)?.to_owned(),
-            created_at: Some(time::timestamp(SystemTime::now())),
+            created_at: Some(time::timestamp(self.ledger.now())),
             ..Batch::default()
         };
         batch.set_state(BatchState::Submitting);

@@ -5,6 +5,7 @@
 //!
 //! Deliberately absent: anything that knows what a brain or a hand computes.
 
+mod clock;
 pub mod contract;
 pub mod embedded;
 pub mod ledger;
@@ -270,6 +271,9 @@ pub trait Bus: Send + Sync + Debug {
     fn local_address(&self) -> Option<IpAddr> {
         None
     }
+
+    /// What time it is for all who share this bus, however their machines' clocks are set. Deadlines are stated and kept by it.
+    fn now(&self) -> SystemTime;
 
     /// Whether it answers now. Used by readiness checks.
     async fn ping(&self) -> Result<()>;

@@ -5,7 +5,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use efferent_bus::ledger::Ledger;
@@ -117,7 +117,7 @@ impl Member {
             host: host(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            started_at: Some(time::timestamp(SystemTime::now())),
+            started_at: Some(time::timestamp(ledger.now())),
             ..Default::default()
         };
         worker.set_role(profile.role);

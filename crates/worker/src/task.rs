@@ -144,7 +144,7 @@ pub async fn admit(
     beginning: Transition,
 ) -> efferent_bus::Result<Admission> {
     let Delivery { queue, key, job, attempt, headers, payload: _, lease, published_at } = delivery;
-    let now = SystemTime::now();
+    let now = ledger.now();
     let waited = now.duration_since(published_at).unwrap_or_default();
     let trace = trace::Context::of(&headers);
     trace.child().tell(spans(&queue).0, published_at, now, &[("efferent.queue", &queue), ("efferent.job_id", &job)]);
@@ -172,7 +172,7 @@ pub async fn admit(
         keeper,
         beginning: Some(beginning),
     };
-    if time::unix_ms(SystemTime::now()) >= expires_at_ms {
+    if time::unix_ms(now) >= expires_at_ms {
         held.expire().await?;
         return Ok(Admission::Dropped);
     }
@@ -188,7 +188,7 @@ pub async fn admit(
     // What it would be to begin.
     let mut record = held.ledger.job(&held.job_id).await?.unwrap_or_default();
     let begun = held.begun();
-    transition::apply(&mut record, &begun, SystemTime::now());
+    transition::apply(&mut record, &begun, held.ledger.now());
     let tally = Tally::of(&record, &held.key);
     if let Some(class) = tally.exhausted() {
         let message = format!("took down {MAX_CRASHES} workers: each crashed, died or was not heard of for its lease");
@@ -318,7 +318,7 @@ impl Held {
     /// # Errors
     /// If the bus is unavailable.
     pub async fn stopped(self, expires_at_ms: i64) -> efferent_bus::Result<()> {
-        if time::unix_ms(SystemTime::now()) >= expires_at_ms { self.expire().await } else { self.done().await }
+        if time::unix_ms(self.ledger.now()) >= expires_at_ms { self.expire().await } else { self.done().await }
     }
 
     /// It failed: ends the job, or has the task delivered again with growing delay, as often as failures of its class may happen.
@@ -402,7 +402,7 @@ impl Drop for Held {
             ("efferent.attempt", &self.attempt.to_string()),
             ("efferent.worker_id", &self.worker_id),
         ];
-        span.tell(spans(&self.queue).1, *began, SystemTime::now(), &about);
+        span.tell(spans(&self.queue).1, *began, self.ledger.now(), &about);
         self.keeper.abort();
         self.cancellations.remove(&self.job_id, &self.token);
     }
@@ -415,7 +415,7 @@ fn spans(queue: &str) -> (&'static str, &'static str) {
 
 /// Extends the lease, watches the deadline, and looks at the record now and then in case a cancellation was not heard.
 async fn keep(lease: Arc<dyn Lease>, ledger: Ledger, job_id: String, expires_at_ms: i64, token: CancellationToken) {
-    let deadline = time::from_unix_ms(expires_at_ms).duration_since(SystemTime::now()).unwrap_or_default();
+    let deadline = time::from_unix_ms(expires_at_ms).duration_since(ledger.now()).unwrap_or_default();
     let deadline = tokio::time::sleep(deadline);
     tokio::pin!(deadline);
     loop {

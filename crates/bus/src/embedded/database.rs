@@ -5,7 +5,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, mpsc},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use efferent_proto::{names, time::unix_ms};
@@ -13,7 +13,7 @@ use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 use tokio::sync::{Notify, broadcast, mpsc as channel};
 
 use super::objects::object_path;
-use crate::{Bucket, Change, Entry, Error, Event, Result};
+use crate::{Bucket, Change, Entry, Error, Event, Result, clock::Clock};
 
 pub(super) const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS queues (name TEXT PRIMARY KEY, capacity INTEGER NOT NULL, lease_ms INTEGER NOT NULL, tasks INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
@@ -174,7 +174,7 @@ impl Database {
 }
 
 pub(super) fn now() -> i64 {
-    unix_ms(SystemTime::now())
+    unix_ms(Clock::of_process().now())
 }
 
 /// `at` in the database's form; far away for what does not fit.

@@ -30,7 +30,7 @@ use self::{
 };
 use crate::{
     Bucket, Bus, Change, DUPLICATE_WINDOW, Delivery, Depth, Entry, Error, Event, MAX_MESSAGE, MAX_OBJECT, MAX_VALUE,
-    NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue, subject_matches,
+    NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue, clock::Clock, subject_matches,
 };
 
 /// Events that a slow subscriber may be behind before it loses some.
@@ -132,6 +132,10 @@ impl Bus for Embedded {
         "embedded"
     }
 
+    fn now(&self) -> SystemTime {
+        Clock::of_process().now()
+    }
+
     async fn ping(&self) -> Result<()> {
         self.inner.call(|| "ping".to_owned(), |_, _| Ok(())).await
     }
@@ -201,7 +205,7 @@ impl Bus for Embedded {
             if !found.is_empty() || max == 0 || tokio::time::Instant::now() >= until {
                 return Ok(found);
             }
-            let due = next_due.map(|due| from_unix_ms(due).duration_since(SystemTime::now()).unwrap_or_default());
+            let due = next_due.map(|due| from_unix_ms(due).duration_since(self.now()).unwrap_or_default());
             let pause =
                 due.map_or(until, |due| until.min(tokio::time::Instant::now() + due + Duration::from_millis(1)));
             tokio::select! {

@@ -1,7 +1,5 @@
 //! Dead letters: one for each job that was given up, by the job's id.
 
-use std::time::SystemTime;
-
 use efferent_proto::{
     internal::JobRecord,
     names, time,
@@ -29,7 +27,7 @@ impl Ledger {
             class: class.into(),
             error: Some(error),
             attempts: ended.cloned().collect(),
-            time: Some(time::timestamp(SystemTime::now())),
+            time: Some(time::timestamp(self.now())),
             replayed_as: String::new(),
             job_id: job.job_id,
         };

@@ -107,6 +107,11 @@ impl Ledger {
         &self.bus
     }
 
+    /// What time it is for all of the cluster.
+    pub fn now(&self) -> SystemTime {
+        self.bus.now()
+    }
+
     /// What the cluster agreed on.
     pub fn options(&self) -> &Options {
         &self.options
@@ -198,8 +203,7 @@ impl Ledger {
             let Some(mut known) = standing.map(|standing| standing.into_value().as_ref().clone()) else {
                 return Op::Nop;
             };
-            let applied =
-                known.record.as_mut().is_some_and(|record| transition::apply(record, transition, SystemTime::now()));
+            let applied = known.record.as_mut().is_some_and(|record| transition::apply(record, transition, self.now()));
             if applied { Op::Put(Arc::new(known)) } else { Op::Nop }
         });
     }
@@ -230,7 +234,7 @@ impl Ledger {
                 },
             };
             let mut record = record.unwrap_or_default();
-            if !transition::apply(&mut record, transition, SystemTime::now()) {
+            if !transition::apply(&mut record, transition, self.now()) {
                 if from_memory {
                     continue;
                 }

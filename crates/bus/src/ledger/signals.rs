@@ -1,9 +1,6 @@
 //! Control signals that are kept for callers, and the tasks that render them.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, SystemTime},
-};
+use std::{collections::BTreeMap, time::Duration};
 
 use efferent_proto::{
     internal::{HandTask, JobRecord, hand_task},
@@ -24,7 +21,7 @@ impl Ledger {
 
     /// Keeps what is known of a control signal, whose values are an object under its id, for `keep` from now; or longer, if it is kept longer already.
     pub async fn keep_signal(&self, signal: Signal, keep: Duration) -> Result<()> {
-        let now = SystemTime::now();
+        let now = self.now();
         let until = now + keep;
         let standing = self.signal(&signal.signal_id).await?;
         if standing.and_then(|standing| standing.expires_at).is_some_and(|at| time::system_time(&at) >= until) {

@@ -14,6 +14,7 @@
 
 mod setup;
 mod tasks;
+mod time;
 mod watch;
 
 use std::{
@@ -51,7 +52,7 @@ use self::{
 };
 use crate::{
     Bucket, Bus, Change, DUPLICATE_WINDOW, Delivery, Depth, Entry, Error, Event, MAX_MESSAGE, MAX_OBJECT, MAX_VALUE,
-    NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue,
+    NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue, clock::Clock,
 };
 
 const CHUNK: usize = 900 * 1024;
@@ -107,6 +108,7 @@ pub struct Nats {
     buckets: HashMap<Bucket, Store>,
     objects: Stream,
     queues: RwLock<HashMap<String, Queue>>,
+    clock: Arc<Clock>,
 }
 
 #[derive(Debug, Clone)]
@@ -161,7 +163,8 @@ impl Nats {
             },
         )
         .await?;
-        Ok(Self { client, context, options, buckets, objects, queues: RwLock::default() })
+        let clock = time::follow(&context, &objects.cached_info().config.name).await?;
+        Ok(Self { client, context, options, buckets, objects, queues: RwLock::default(), clock })
     }
 
     fn queue(&self, name: &str) -> Result<Queue> {
@@ -242,6 +245,10 @@ fn whole_seconds(ttl: Duration) -> Duration {
 impl Bus for Nats {
     fn kind(&self) -> &'static str {
         "nats"
+    }
+
+    fn now(&self) -> SystemTime {
+        self.clock.now()
     }
 
     fn local_address(&self) -> Option<IpAddr> {
@@ -369,7 +376,7 @@ impl Bus for Nats {
         let oldest_age = match tasks {
             0 => None,
             _ => match known.stream.direct_get_next_for_subject(self.subject(queue, "*"), None).await {
-                Ok(oldest) => Some(SystemTime::now().duration_since(oldest.time.into()).unwrap_or_default()),
+                Ok(oldest) => Some(self.now().duration_since(oldest.time.into()).unwrap_or_default()),
                 Err(error) if error.kind() == DirectGetErrorKind::NotFound => None,
                 Err(error) => return Err(Error::unavailable(what(), error)),
             },
