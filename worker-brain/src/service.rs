@@ -239,7 +239,7 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
 }
 
 struct Taken {
-    _in_flight: InFlight,
+    in_flight: InFlight,
     held: Box<Held>,
     task: BrainTask,
     record: Box<JobRecord>,
@@ -278,7 +278,7 @@ impl Worker {
             Ok(outcomes) => outcomes,
             Err(_) => tokio::join!(encoding, join_all(taken.iter_mut().map(|taken| taken.held.begin()))).0,
         };
-        taken.iter().for_each(|_| self.member.done(1.0, started.elapsed()));
+        taken.iter().for_each(|taken| taken.in_flight.done(1.0, started.elapsed()));
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
     }
 
@@ -340,7 +340,7 @@ impl Worker {
 
     fn taken(in_flight: InFlight, task: BrainTask, admission: efferent_bus::Result<Admission>) -> Option<Taken> {
         match admission {
-            Ok(Admission::Go(held, record)) => Some(Taken { _in_flight: in_flight, held, task, record }),
+            Ok(Admission::Go(held, record)) => Some(Taken { in_flight, held, task, record }),
             Ok(_) => None,
             Err(error) => {
                 tracing::warn!(job_id = task.job_id, %error, "cannot take a task on; it is delivered again");
@@ -365,7 +365,7 @@ impl Worker {
 
     /// Keeps the signal for callers, which is all that the job wants.
     async fn keep(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
-        let Taken { _in_flight, mut held, task, record: _ } = taken;
+        let Taken { in_flight: _in_flight, mut held, task, record: _ } = taken;
         held.defer_beginning();
         let keep = Duration::from_millis(task.keep_signal_ms);
         let encoded = Bytes::from(signal.encode_to_vec());
@@ -392,7 +392,7 @@ impl Worker {
 
     /// Publishes the hands' tasks; those of a large signal while it is being stored, if hands can fetch it here until then.
     async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
-        let Taken { _in_flight, mut held, task, record } = taken;
+        let Taken { in_flight: _in_flight, mut held, task, record } = taken;
         held.defer_beginning();
         let started = Instant::now();
         let request = task.request.clone().unwrap_or_default();

@@ -19,7 +19,7 @@ use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
     engine::{EngineError, Hand, Picture, RenderRequest},
     intake::{self, IDLE_WAIT},
-    lifecycle::{Activity, Member, Profile},
+    lifecycle::{Activity, InFlight, Member, Profile},
     pictures::{File, fetch},
     task::{self, Admission, BRISK, Cancellations, Held},
     thread::Factory,
@@ -240,12 +240,12 @@ impl Worker {
     }
 
     async fn render(&self, delivery: Delivery, lane: Lane, place: Place) {
-        let _in_flight = self.member.hold();
+        let in_flight = self.member.hold();
         let Some(task) = task::read::<HandTask>(&delivery).await else { return };
         let image = (task.job_id.as_str(), task.image_index);
         let (bus, revision) = (self.ledger.bus(), &self.model.revision);
         let mut checkpoints = Checkpoints::new(bus, image, &delivery.payload, revision, task.expires_at_ms);
-        if let Err(error) = self.settle(delivery, &task, lane, place, &mut checkpoints).await {
+        if let Err(error) = self.settle(delivery, &task, lane, place, &in_flight, &mut checkpoints).await {
             tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
         }
     }
@@ -256,6 +256,7 @@ impl Worker {
         task: &HandTask,
         lane: Lane,
         place: Place,
+        in_flight: &InFlight,
         checkpoints: &mut Checkpoints,
     ) -> efferent_bus::Result<()> {
         let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
@@ -335,7 +336,7 @@ impl Worker {
         match ending {
             Ending::Picture(picture, render_time) => {
                 place.rendered();
-                self.record(*held, task, picture, render_time, progress).await?;
+                self.record(*held, task, in_flight, picture, render_time, progress).await?;
                 checkpoints.remove().await;
                 Ok(())
             }
@@ -474,6 +475,7 @@ impl Worker {
         &self,
         mut held: Held,
         task: &HandTask,
+        in_flight: &InFlight,
         picture: RgbImage,
         render_time: Duration,
         mut progress: Vec<Event>,
@@ -481,7 +483,7 @@ impl Worker {
         metrics::histogram!("efferent_hand_render_seconds").record(render_time.as_secs_f64());
         let size = efferent_proto::v1::Size { width: picture.width(), height: picture.height() };
         let steps = task.request.as_ref().map_or(0, work::steps);
-        self.member.done(work::image_units(&size, steps), render_time);
+        in_flight.done(work::image_units(&size, steps), render_time);
         let file = if picture.as_raw().len() <= MAX_ENCODED_HERE {
             Ok(files::encode(&picture, task))
         } else {

@@ -15,7 +15,7 @@ use efferent_proto::{
 };
 use tokio::{sync::Notify, task::AbortHandle};
 
-use crate::stage_time::StageClock;
+use crate::stage_time::{Begun, StageClock};
 
 /// How long a worker that is not heard of counts as alive.
 pub const TIME_TO_LIVE: Duration = Duration::from_secs(10);
@@ -146,13 +146,7 @@ impl Member {
     pub fn hold(&self) -> InFlight {
         self.shared.in_flight.fetch_add(1, Ordering::Relaxed);
         self.shared.activity.change(|count| count + 1);
-        self.shared.clock.begin(Instant::now());
-        InFlight(self.shared.clone())
-    }
-
-    /// Takes down that work was done: units as [`efferent_proto::v1::StageTime`] counts them, and how long they took together.
-    pub fn done(&self, units: f64, elapsed: Duration) {
-        self.shared.clock.done(units, elapsed);
+        InFlight { begun: self.shared.clock.begin(Instant::now()), shared: self.shared.clone() }
     }
 
     /// Says which models it serves from now on.
@@ -184,13 +178,23 @@ impl Drop for Member {
 
 /// A task that counts as held.
 #[derive(Debug)]
-pub struct InFlight(Arc<Shared>);
+pub struct InFlight {
+    shared: Arc<Shared>,
+    begun: Begun,
+}
+
+impl InFlight {
+    /// Takes down that it was done: units as [`efferent_proto::v1::StageTime`] counts them, and how long they took.
+    pub fn done(&self, units: f64, elapsed: Duration) {
+        self.shared.clock.done(self.begun, units, elapsed, Instant::now());
+    }
+}
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
-        self.0.activity.change(|count| count.saturating_sub(1));
-        self.0.clock.end(Instant::now());
+        self.shared.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.shared.activity.change(|count| count.saturating_sub(1));
+        self.shared.clock.end(Instant::now());
     }
 }
 

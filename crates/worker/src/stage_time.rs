@@ -14,12 +14,18 @@ const NEW: f64 = 0.5;
 #[derive(Debug)]
 pub struct StageClock(Mutex<Counts>);
 
+/// When work began, in shares of its worker.
+#[derive(Debug, Clone, Copy)]
+pub struct Begun(f64);
+
 #[derive(Debug)]
 struct Counts {
     working: u32,
     since: Instant,
-    /// Time at work since the units below are counted, and since the worker last told.
-    busy: Duration,
+    /// What a task that was there from the beginning would have had of the worker, in seconds: time at work, shared by those it is spent on.
+    share: f64,
+    /// Seconds of the worker that the units below took, and time at work since the worker last told.
+    busy: f64,
     busy_told: Duration,
     told_at: Instant,
     units: f64,
@@ -33,7 +39,7 @@ impl Counts {
     fn pass(&mut self, now: Instant) {
         if self.working > 0 {
             let passed = now.saturating_duration_since(self.since);
-            self.busy += passed;
+            self.share += passed.as_secs_f64() / f64::from(self.working);
             self.busy_told += passed;
         }
         self.since = now;
@@ -46,7 +52,8 @@ impl Default for StageClock {
         Self(Mutex::new(Counts {
             working: 0,
             since: now,
-            busy: Duration::ZERO,
+            share: 0.0,
+            busy: 0.0,
             busy_told: Duration::ZERO,
             told_at: now,
             units: 0.0,
@@ -61,12 +68,13 @@ impl StageClock {
         change(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Work begins.
-    pub fn begin(&self, now: Instant) {
+    /// Work begins. Returns what [`done`](Self::done) wants to know of it.
+    pub fn begin(&self, now: Instant) -> Begun {
         self.with(|counts| {
             counts.pass(now);
             counts.working += 1;
-        });
+            Begun(counts.share)
+        })
     }
 
     /// Work ends.
@@ -77,9 +85,11 @@ impl StageClock {
         });
     }
 
-    /// So many units were done, together, in this time.
-    pub fn done(&self, units: f64, elapsed: Duration) {
+    /// So many units were done, in this time, by work that began so. What is not done yet, or never will be, counts for nothing.
+    pub fn done(&self, begun: Begun, units: f64, elapsed: Duration, now: Instant) {
         self.with(|counts| {
+            counts.pass(now);
+            counts.busy += counts.share - begun.0;
             counts.units += units;
             counts.unit_seconds += elapsed.as_secs_f64();
         });
@@ -92,7 +102,7 @@ impl StageClock {
             if counts.units > 0.0 {
                 let mut measured = StageTime {
                     seconds_per_unit: counts.unit_seconds / counts.units,
-                    busy_seconds_per_unit: counts.busy.as_secs_f64() / counts.units,
+                    busy_seconds_per_unit: counts.busy / counts.units,
                     utilisation: 0.0,
                 };
                 if let Some(before) = counts.time {
@@ -101,7 +111,7 @@ impl StageClock {
                     measured.busy_seconds_per_unit = mix(before.busy_seconds_per_unit, measured.busy_seconds_per_unit);
                 }
                 counts.time = Some(measured);
-                (counts.units, counts.unit_seconds, counts.busy) = (0.0, 0.0, Duration::ZERO);
+                (counts.units, counts.unit_seconds, counts.busy) = (0.0, 0.0, 0.0);
             }
             let passed = now.saturating_duration_since(counts.told_at).as_secs_f64();
             let utilisation = (counts.busy_told.as_secs_f64() / passed.max(1e-9)).min(1.0);
@@ -125,10 +135,9 @@ mod tests {
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         assert_eq!(clock.tell(at(0)), None);
         // Two images of 10 units in the same four seconds, then two seconds of nothing.
-        clock.begin(at(0));
-        clock.begin(at(0));
-        for _ in 0..2 {
-            clock.done(10.0, Duration::from_secs(4));
+        let begun = [clock.begin(at(0)), clock.begin(at(0))];
+        for begun in begun {
+            clock.done(begun, 10.0, Duration::from_secs(4), at(4));
             clock.end(at(4));
         }
         let time = clock.tell(at(6)).expect("work was done");
@@ -136,12 +145,32 @@ mod tests {
         assert!((time.busy_seconds_per_unit - 0.2).abs() < 1e-3, "{time:?}");
         assert!((time.utilisation - 4.0 / 6.0).abs() < 1e-2, "{time:?}");
         // One that is still worked on is counted when it is done.
-        clock.begin(at(6));
+        let begun = clock.begin(at(6));
         assert!((clock.tell(at(10)).expect("as before").busy_seconds_per_unit - 0.2).abs() < 1e-3);
-        clock.done(10.0, Duration::from_secs(8));
+        clock.done(begun, 10.0, Duration::from_secs(8), at(14));
         clock.end(at(14));
         let time = clock.tell(at(14)).expect("work was done");
         assert!((time.busy_seconds_per_unit - (0.2 + 0.8) / 2.0).abs() < 1e-3, "half old, half new: {time:?}");
         assert!((time.utilisation - 1.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_others_have_had_so_far_is_not_the_cost_of_what_is_done() {
+        let clock = StageClock::default();
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        // A short one alone, then a long one that is told of half way and is given up in the end.
+        let begun = clock.begin(at(0));
+        clock.done(begun, 1.0, Duration::from_secs(1), at(1));
+        clock.end(at(1));
+        clock.begin(at(1));
+        let time = clock.tell(at(16)).expect("work was done");
+        assert!((time.busy_seconds_per_unit - 1.0).abs() < 1e-3, "{time:?}");
+        clock.end(at(31));
+        let begun = clock.begin(at(31));
+        clock.done(begun, 1.0, Duration::from_secs(1), at(32));
+        clock.end(at(32));
+        let time = clock.tell(at(32)).expect("work was done");
+        assert!((time.busy_seconds_per_unit - 1.0).abs() < 1e-3, "{time:?}");
     }
 }
