@@ -42,8 +42,7 @@ impl Dice {
 }
 
 fn workers(step: Duration) -> (Cluster, Vec<Process>, String) {
-    // A hand works on one sample at a time: more of them take as many times as long.
-    let step = format!("1:{}ms", step.as_millis());
+    let step = format!("{}ms", step.as_millis());
     let cluster = Cluster::start(&[
         ("EFFERENT_MODEL", "sim"),
         ("EFFERENT_SIM__EMBED", "2ms"),
@@ -51,7 +50,7 @@ fn workers(step: Duration) -> (Cluster, Vec<Process>, String) {
         ("EFFERENT_LOG", "warn"),
     ]);
     let mut processes = vec![cluster.role("brain", &[]).0];
-    processes.extend((0..HANDS).map(|_| cluster.role("hand", &[]).0));
+    processes.extend((0..HANDS).map(|_| cluster.role("hand", &["--max-images", "1"]).0));
     let (coordinator, url) = cluster.coordinator();
     processes.insert(0, coordinator);
     (cluster, processes, url)
@@ -73,10 +72,12 @@ async fn two_tenants() {
     end(&mut client, &alone).await;
     println!("{SMALL} items alone on {HANDS} hands of {HAND_TIME:?}: {:.1} s", started.elapsed().as_secs_f64());
 
-    let before = peak(&processes[0]);
+    let (before, wanted) = (peak(&processes[0]), items(LARGE));
     let started = Instant::now();
-    let large = id(&submit(&mut client, of("large"), &items(LARGE)).await.unwrap());
+    let large = id(&submit(&mut client, of("large"), &wanted).await.unwrap());
     let took = started.elapsed().as_secs_f64();
+    let stored = client.get_batch(GetBatchRequest { batch_id: large.clone() }).await.unwrap().into_inner();
+    assert_eq!(stored.item_count, LARGE as u64);
     println!(
         "{LARGE} items submitted in {took:.1} s; the coordinator held {} MiB at most, {before} before",
         peak(&processes[0])
