@@ -2,6 +2,7 @@
 //!
 //! Read in this order: this file (the contract), [`nats`] (JetStream, for clusters), [`embedded`] (one process: a SQLite file and a
 //! folder), [`ledger`] (jobs, results, workers and models as typed records on top), [`contract`] (the test-suite that every backend passes).
+//! `clock` is the time that all who share a bus go by.
 //!
 //! Deliberately absent: anything that knows what a brain or a hand computes.
 
