@@ -6,7 +6,7 @@ use std::{
 };
 
 use candle_core::{
-    Device, Tensor,
+    DType, Device, Tensor,
     quantized::{GgmlDType, QTensor, gguf_file},
 };
 use efferent_brain::families as brains;
@@ -16,10 +16,11 @@ use efferent_proto::{
     v1::Size,
 };
 use efferent_worker::{
-    engine::{Brain, EmbedRequest, Hand, Reference, RenderRequest},
+    engine::{Brain, EmbedRequest, EngineError, Hand, Reference, RenderRequest},
     pictures::File,
     pipeline::Pipeline,
     signal,
+    weights::Dtypes,
 };
 use image::{ImageFormat, RgbImage};
 
@@ -52,15 +53,28 @@ pub fn device() -> Device {
 /// A checkpoint with its engines.
 pub fn open(name: &str) -> (Pipeline, Box<dyn Brain>, Box<dyn Hand>) {
     let pipeline = Pipeline::open(&folder(name)).expect("is there");
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])().expect("is there");
-    let hand = hands::factory(&pipeline, device())().expect("is there");
+    let (brain, hand) = kept_as(&pipeline, "auto").expect("is there");
     (pipeline, brain, hand)
 }
 
+/// A brain and a hand of one pipeline.
+pub type Engines = (Box<dyn Brain>, Box<dyn Hand>);
+
+/// The engines of a pipeline, whose weights are kept as `dtypes` says.
+///
+/// # Errors
+/// If an engine is not to be had so.
+pub fn kept_as(pipeline: &Pipeline, dtypes: &str) -> Result<Engines, EngineError> {
+    let dtypes: Dtypes = dtypes.parse().expect("is well written");
+    let brain = brains::factory(pipeline, Path::new("/nowhere"), vec![device()], dtypes.clone())()?;
+    Ok((brain, hands::factory(pipeline, hands::Setup { dtypes, ..device().into() })()?))
+}
+
 /// The engines of a checkpoint on two devices: layers of language models shared out, the branch without the prompt apart. On CPU both are the same processor.
-pub fn open_on_two(name: &str) -> (Box<dyn Brain>, Box<dyn Hand>) {
+pub fn open_on_two(name: &str) -> Engines {
     let pipeline = Pipeline::open(&folder(name)).expect("is there");
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device(), device()])().expect("is there");
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device(), device()], Dtypes::default())()
+        .expect("is there");
     let setup = hands::Setup { second: Some(device()), ..device().into() };
     (brain, hands::factory(&pipeline, setup)().expect("is there"))
 }
@@ -264,6 +278,42 @@ pub fn begun(name: &str, brain: &mut dyn Brain, hand: &mut dyn Hand) -> Option<E
         compare(hand, &golden, key, &request, &mut errors);
     }
     Some(errors)
+}
+
+/// A copy of a checkpoint.
+pub fn copied(name: &str) -> tempfile::TempDir {
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).expect("is there");
+        for entry in std::fs::read_dir(from).expect("is there") {
+            let path = entry.expect("is there").path();
+            let target = to.join(path.file_name().expect("is there"));
+            match path.is_dir() {
+                true => copy(&path, &target),
+                false => assert!(std::fs::copy(&path, &target).is_ok()),
+            }
+        }
+    }
+    let root = tempfile::tempdir().expect("is there");
+    copy(&folder(name), root.path());
+    root
+}
+
+/// Stores the matrices of all parts of a folder in this type, as published checkpoints have them.
+pub fn to_dtype(root: &Path, dtype: DType) {
+    for part in std::fs::read_dir(root).expect("is there") {
+        let part = part.expect("is there").path();
+        let files = part.is_dir().then(|| std::fs::read_dir(&part).expect("is there")).into_iter().flatten();
+        for path in files.map(|file| file.expect("is there").path()) {
+            if path.extension().is_none_or(|kind| kind != "safetensors") {
+                continue;
+            }
+            let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).expect("is there");
+            for tensor in tensors.values_mut().filter(|tensor| tensor.rank() > 1) {
+                *tensor = tensor.to_dtype(dtype).expect("is there");
+            }
+            candle_core::safetensors::save(&tensors, &path).expect("is there");
+        }
+    }
 }
 
 /// Writes the language model of a folder as one file of GGUF, as its converter does, in place of its safetensors.

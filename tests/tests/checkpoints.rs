@@ -19,7 +19,7 @@ use efferent_proto::{
 use efferent_tests::{
     calls::{all, generate, job, kind, request, until},
     checkpoints::{
-        Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, begun, compare, device, difference, embed, folder, open,
+        Errors, Golden, NEGATIVE, PROMPTS, TOLERANCE, begun, compare, copied, device, difference, embed, folder, open,
         open_on_two, referenced, steps_apart, to_gguf,
     },
     local::Cluster,
@@ -30,6 +30,7 @@ use efferent_worker::{
     pipeline::Pipeline,
     signal::{self, CONDITIONAL},
     testing,
+    weights::Dtypes,
 };
 
 /// Every checkpoint, with the guidance that its pipeline has by default.
@@ -73,7 +74,7 @@ fn parity(name: &str, guidance_scale: f32) -> Errors {
     let configs = pipeline.brain().config["encoders"].as_array().cloned().unwrap_or_default();
     for (number, config) in configs.iter().enumerate() {
         let config = serde_json::from_value(config.clone()).unwrap();
-        let encoder = Encoder::load(pipeline.folder(), &config, &[device()]).unwrap();
+        let encoder = Encoder::load(pipeline.folder(), &config, &[device()], &Dtypes::default()).unwrap();
         for (i, prompt) in texts() {
             let ids: Vec<f32> = encoder.ids(prompt, Use::Prompt).unwrap().into_iter().map(|id| id as f32).collect();
             assert_eq!(ids, golden.values(&format!("{i}.ids.{number}")), "{name}: ids of {prompt:?}");
@@ -350,31 +351,14 @@ fn a_language_model_is_read_from_gguf() {
         let root = copied(name);
         to_gguf(&root.path().join("text_encoder"), architecture);
         let pipeline = Pipeline::open(root.path()).unwrap();
-        let mut from_gguf = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])().unwrap();
+        let mut from_gguf =
+            brains::factory(&pipeline, Path::new("/nowhere"), vec![device()], Dtypes::default())().unwrap();
         let states = |brain: &mut dyn Brain| embed(brain, PROMPTS[1], NEGATIVE).streams.clone();
         assert_eq!(states(&mut *from_gguf), states(&mut *brain), "{name}");
         assert!(pipeline.stored().unwrap().iter().any(|part| part.files[0].ends_with("weights.gguf")));
     }
     let told = damaged("z-image", |root| to_gguf(&root.join("text_encoder"), "llama"));
     assert!(told.contains("architecture \"llama\", config.json of \"qwen3\""), "{told}");
-}
-
-/// A copy of a checkpoint.
-fn copied(name: &str) -> tempfile::TempDir {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in std::fs::read_dir(from).unwrap() {
-            let path = entry.unwrap().path();
-            let target = to.join(path.file_name().unwrap());
-            match path.is_dir() {
-                true => copy(&path, &target),
-                false => assert!(std::fs::copy(&path, &target).is_ok()),
-            }
-        }
-    }
-    let root = tempfile::tempdir().unwrap();
-    copy(&folder(name), root.path());
-    root
 }
 
 /// Copies a checkpoint, changes it, and tells why it cannot be used.
@@ -394,7 +378,8 @@ fn damaged(name: &str, change: impl Fn(&Path)) -> String {
         }
         text
     };
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![Device::Cpu])().err().map(told);
+    let brain =
+        brains::factory(&pipeline, Path::new("/nowhere"), vec![Device::Cpu], Dtypes::default())().err().map(told);
     let hand = hands::factory(&pipeline, Device::Cpu)().err().map(told);
     [brain, hand].into_iter().flatten().collect::<Vec<_>>().join("\n")
 }
@@ -519,7 +504,8 @@ async fn a_request_goes_through_brain_and_hand() {
         let golden = Golden::open(name);
         let cluster = Cluster::new().await;
         let coordinator = cluster.coordinator().await;
-        let _brain = cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])).await;
+        let _brain =
+            cluster.brain(brains::factory(&pipeline, Path::new("/nowhere"), vec![device()], Dtypes::default())).await;
         let _hand = cluster.hand(hands::factory(&pipeline, device())).await;
         cluster.settled().await;
         let mut client = coordinator.client().await;

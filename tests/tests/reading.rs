@@ -24,6 +24,7 @@ use efferent_worker::{
     engine::{Brain, EmbedRequest, EngineError, RenderRequest},
     pipeline::Pipeline,
     signal, testing,
+    weights::Dtypes,
 };
 use image::{ImageFormat, RgbImage};
 
@@ -75,7 +76,7 @@ fn thinking(name: &str, thinking: &serde_json::Value) -> (tempfile::TempDir, Res
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, manifest.to_string()).unwrap();
     let pipeline = Pipeline::open(copy.path()).unwrap();
-    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])();
+    let brain = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()], Dtypes::default())();
     (copy, brain)
 }
 
@@ -127,7 +128,9 @@ fn what_the_language_model_writes_is_read_with_the_prompt() {
     assert!(tensors.remove("lm_head.weight").is_some());
     candle_core::safetensors::save(&tensors, language.join("model.safetensors")).unwrap();
     let pipeline = Pipeline::open(copy.path()).unwrap();
-    let Err(error) = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()])() else { unreachable!() };
+    let Err(error) = brains::factory(&pipeline, Path::new("/nowhere"), vec![device()], Dtypes::default())() else {
+        unreachable!()
+    };
     assert!(format!("{error:?}").contains("lm_head.weight is missing"));
 }
 

@@ -8,26 +8,33 @@ use efferent_worker::{
     engine::EngineError,
     nn::decoder::{Config, Decoder, Naming, RotaryPairs, published},
     pipeline::{diffusers, read_json},
-    weights::{self, Gguf, Weights},
+    weights::{self, Dtypes, Gguf, Keep, Weights},
 };
 use serde_json::{Map, Value};
 
 use crate::families::unloadable;
 
-/// Loads the model of a folder. `largest`: its tokenizer's largest id; `writes`: whether it is to write text, which takes what predicts tokens.
+/// Loads the model of a folder. `largest`: its tokenizer's largest id; `dtypes`: what it is kept as, by the folder's name; `writes`: whether it is to write text, which takes what predicts tokens.
 ///
 /// # Errors
 /// If a file cannot be read, is malformed, or is not of a decoder that is known.
-pub fn load(folder: &Path, largest: usize, devices: &[Device], writes: bool) -> Result<Decoder, EngineError> {
+pub fn load(
+    folder: &Path,
+    largest: usize,
+    devices: &[Device],
+    dtypes: &Dtypes,
+    writes: bool,
+) -> Result<Decoder, EngineError> {
     let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
     let unloadable = unloadable(&name);
     let fields = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
     let config = Config::published(&fields).map_err(|e| unloadable(e.into()))?;
     check_vocabulary(&name, config.vocabulary, largest)?;
+    let keep = dtypes.of(&name, &fields)?;
     let (files, variant) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
     let decoder = match (&files[..], variant) {
-        ([file], diffusers::GGUF) => from_gguf(file, config, &fields, devices, writes),
-        _ => from_safetensors(&files, config, &fields, devices, writes),
+        ([file], diffusers::GGUF) => from_gguf(file, config, &fields, (devices, keep), writes),
+        _ => from_safetensors(&files, config, &fields, (devices, keep), writes),
     };
     decoder.and_then(|decoder| Ok(decoder.spread(devices)?)).map_err(unloadable)
 }
@@ -43,7 +50,7 @@ fn from_safetensors(
     files: &[PathBuf],
     config: Config,
     fields: &Map<String, Value>,
-    devices: &[Device],
+    (devices, keep): (&[Device], Keep),
     writes: bool,
 ) -> Loading {
     let names = weights::names(files)?;
@@ -55,7 +62,7 @@ fn from_safetensors(
         true => writes,
         false => tensor.starts_with(prefix) && !is_of_another(tensor, alone),
     };
-    let mut tensors = Weights::open_some(files, loading(devices), wanted)?;
+    let mut tensors = Weights::open_some(files, loading(devices), keep, wanted)?;
     tensors.rename(|tensor| match tensor.ends_with(HEAD) {
         true => HEAD.to_owned(),
         false => format!("model.{}", tensor.strip_prefix(prefix).unwrap_or(tensor)),
@@ -68,8 +75,14 @@ fn from_safetensors(
     Ok(decoder)
 }
 
-/// From one file of GGUF, dequantised: it takes less room on the disk, not in memory.
-fn from_gguf(file: &Path, config: Config, fields: &Map<String, Value>, devices: &[Device], writes: bool) -> Loading {
+/// From one file of GGUF, dequantised, to f32 unless half precision is asked for: it takes less room on the disk, not in memory.
+fn from_gguf(
+    file: &Path,
+    config: Config,
+    fields: &Map<String, Value>,
+    (devices, keep): (&[Device], Keep),
+    writes: bool,
+) -> Loading {
     let file = Gguf::open(file)?;
     let architecture = file.metadata().get("general.architecture").and_then(|value| value.to_string().ok()).cloned();
     let architecture = architecture.unwrap_or_default();
@@ -79,7 +92,7 @@ fn from_gguf(file: &Path, config: Config, fields: &Map<String, Value>, devices: 
     }
     let pairs = if wanted == "llama" { RotaryPairs::Neighbours } else { config.rotary_pairs };
     let config = Config { rotary_pairs: pairs, ..config };
-    let mut tensors = Weights::from_gguf(&file, loading(devices), |name| {
+    let mut tensors = Weights::from_gguf(&file, loading(devices), keep, |name| {
         Naming::Gguf.wants(name, config.layers) || (writes && name == GGUF_HEAD)
     })?;
     let decoder = Decoder::new(config, Naming::Gguf, &mut tensors)?.with_head(&mut tensors, GGUF_HEAD);

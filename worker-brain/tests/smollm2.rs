@@ -14,7 +14,7 @@ use efferent_worker::{
     engine::{EmbedRequest, EngineError},
     pipeline::Pipeline,
     testing::check_brain,
-    weights::Gguf,
+    weights::{Dtypes, Gguf, Keep},
 };
 use serde_json::Value;
 
@@ -44,7 +44,7 @@ fn token_ids_are_those_of_transformers() {
 fn hidden_states_are_those_of_transformers() {
     const LAYER: usize = 24;
     const WIDTH: usize = 576;
-    let language = Language::read(&Gguf::open(&weights()).unwrap(), LAYER, &[Device::Cpu]).unwrap();
+    let language = Language::read(&Gguf::open(&weights()).unwrap(), LAYER, &[Device::Cpu], Keep::F32).unwrap();
     let golden = candle_core::safetensors::load(
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/smollm2/states.safetensors"),
         &Device::Cpu,
@@ -81,8 +81,12 @@ fn hidden_states_are_those_of_transformers() {
 #[test]
 fn the_contract_holds() {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../models/pictogram");
-    let source =
-        Source { pipeline: Pipeline::open(&folder).unwrap(), weights: Some(weights()), devices: vec![Device::Cpu] };
+    let source = Source {
+        pipeline: Pipeline::open(&folder).unwrap(),
+        weights: Some(weights()),
+        devices: vec![Device::Cpu],
+        dtypes: Dtypes::default(),
+    };
     let mut brain = smollm2::load(&source).unwrap();
     let request = |prompt: &str| EmbedRequest { prompt: prompt.to_owned(), ..Default::default() };
     let prompts = [

@@ -13,7 +13,7 @@ use efferent_proto::{
 };
 use image::{GrayImage, RgbImage};
 
-use crate::signal::ControlSignal;
+use crate::{signal::ControlSignal, weights};
 
 /// Why an engine did not do what was asked of it.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +63,12 @@ impl EngineError {
             Self::Missing(_) | Self::Compute { .. } => Some(FailureClass::Transient),
             Self::Crashed(_) => Some(FailureClass::EngineCrash),
         }
+    }
+}
+
+impl From<weights::Refused> for EngineError {
+    fn from(refused: weights::Refused) -> Self {
+        ApiError::new(ErrorCode::InvalidField, refused.to_string()).field("dtype").into()
     }
 }
 

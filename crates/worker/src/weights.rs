@@ -1,8 +1,9 @@
-//! Weights from safetensors and GGUF files, as f32 tensors by name.
+//! Weights from safetensors and GGUF files, as tensors by name, matrices in the type that is asked for ([`Dtypes`]).
 //!
 //! A file may come from anywhere: lengths are checked against the file before memory is reserved, and a file that does not fit the
 //! model is refused with every difference at once. Of what `torch.save` writes, only the description of tensors is understood; pickled code is never run.
 
+mod dtype;
 mod pth;
 mod stored;
 
@@ -13,11 +14,12 @@ use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
 };
 
-use candle_core::{DType, Device, Tensor, quantized::gguf_file};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor, quantized::gguf_file};
 use rayon::prelude::*;
 
 use crate::{memory, thread::panic_message};
 
+pub use dtype::{Dtype, Dtypes, Keep, Refused};
 pub use stored::{Measure, measure, names};
 
 /// Most bytes of a weights' file.
@@ -46,12 +48,14 @@ pub enum Error {
         what: String,
     },
     /// There is no room for the values.
-    #[error("{} needs {} for its values in f32, {} can be had: another machine, or a smaller model", path.display(), gigabytes(*needed), gigabytes(*available))]
+    #[error("{} needs {} for its values, {} can be had: {}", path.display(), gigabytes(*needed), gigabytes(*available), fitting(*halved, *available))]
     TooLarge {
         /// Which file, or the first of its shards.
         path: PathBuf,
         /// Bytes.
         needed: u64,
+        /// Bytes with matrices in half precision.
+        halved: u64,
         /// Bytes.
         available: u64,
     },
@@ -67,6 +71,14 @@ pub enum Error {
 
 fn gigabytes(bytes: u64) -> String {
     format!("{:.1} GB", bytes as f64 / 1e9)
+}
+
+/// What would fit.
+fn fitting(halved: u64, available: u64) -> String {
+    match halved <= available {
+        true => format!("in bf16 it would fit ({})", gigabytes(halved)),
+        false => "another machine, or a smaller model".to_owned(),
+    }
 }
 
 fn told(differences: &[String]) -> String {
@@ -92,31 +104,37 @@ impl Weights {
     /// # Errors
     /// If the file cannot be read, is malformed, or has values of another type or that are not finite.
     pub fn open_safetensors(path: &Path, device: &Device) -> Result<Self, Error> {
-        Self::open_shards(&[path.to_owned()], device)
+        Self::open_shards(&[path.to_owned()], device, Keep::F32)
     }
 
     /// Reads every tensor of several safetensors files, which are shards of one.
     ///
     /// # Errors
-    /// As [`Weights::open_safetensors`], if two have a tensor of the same name, and, on CPU, if there is no room for all: told before any is read.
-    pub fn open_shards(paths: &[PathBuf], device: &Device) -> Result<Self, Error> {
-        Self::open_some(paths, device, |_| true)
+    /// As [`Weights::open_safetensors`], if two have a tensor of the same name, if values do not fit into the type to be kept, and, on CPU, if there is no room
+    /// for all: told before any is read.
+    pub fn open_shards(paths: &[PathBuf], device: &Device, keep: Keep) -> Result<Self, Error> {
+        Self::open_some(paths, device, keep, |_| true)
     }
 
     /// Reads the `wanted` tensors of safetensors files, which are shards of one.
     ///
     /// # Errors
     /// As [`Weights::open_shards`].
-    pub fn open_some(paths: &[PathBuf], device: &Device, wanted: impl Fn(&str) -> bool + Sync) -> Result<Self, Error> {
+    pub fn open_some(
+        paths: &[PathBuf],
+        device: &Device,
+        keep: Keep,
+        wanted: impl Fn(&str) -> bool + Sync,
+    ) -> Result<Self, Error> {
         let mut tensors = BTreeMap::new();
         let first = paths.first().map_or(Path::new(""), |path| path);
         let measure = stored::measure_some(paths, &wanted)?;
         if device.is_cpu() {
-            check_room(first, measure.memory(), memory::available())?;
+            check_room(first, &measure, keep, memory::available())?;
         }
         ASKED.fetch_add(measure.bytes, Relaxed);
         for path in paths {
-            for (name, tensor) in stored::read(path, device, &wanted)? {
+            for (name, tensor) in stored::read(path, device, keep, &wanted)? {
                 if tensors.insert(name.clone(), tensor).is_some() {
                     return Err(Error::Malformed {
                         path: path.clone(),
@@ -125,49 +143,40 @@ impl Weights {
                 }
             }
         }
-        Self::checked(first, device, tensors)
+        Ok(Self::of(first, device, tensors))
     }
 
     /// Reads the `wanted` tensors of a file that `torch.save` wrote. Of its pickled part only what describes tensors is understood; code in it is not run.
     ///
     /// # Errors
     /// If the file cannot be read or is malformed, or a wanted tensor is of another type than a float, a part of another, or has values that are not finite.
-    pub fn open_pth(path: &Path, device: &Device, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
-        Self::checked(path, device, pth::read(path, device, &wanted)?)
+    pub fn open_pth(path: &Path, device: &Device, keep: Keep, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
+        Ok(Self::of(path, device, pth::read(path, device, keep, &wanted)?))
     }
 
-    /// The `wanted` tensors of a GGUF file, dequantised to f32.
+    /// The `wanted` tensors of a GGUF file, dequantised.
     ///
     /// # Errors
     /// If a tensor is malformed, or has values that are not finite.
-    pub fn from_gguf(file: &Gguf, device: &Device, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
+    pub fn from_gguf(file: &Gguf, device: &Device, keep: Keep, wanted: impl Fn(&str) -> bool) -> Result<Self, Error> {
         let Gguf { path, content, bytes } = file;
         let malformed = |what: String| Error::Malformed { path: path.clone(), what };
         let names: Vec<&String> = content.tensor_infos.keys().filter(|name| wanted(name)).collect();
         let tensors = names
             .into_par_iter()
             .map(|name| {
-                let read =
-                    || content.tensor(&mut std::io::Cursor::new(bytes), name, &Device::Cpu)?.dequantize(&Device::Cpu);
-                let tensor =
-                    guarded(read).and_then(|tensor| tensor.to_device(device).map_err(|error| error.to_string()));
-                Ok((name.clone(), tensor.map_err(|what| malformed(format!("tensor {name}: {what}")))?))
+                let read = || {
+                    let stored = content.tensor(&mut std::io::Cursor::new(bytes), name, &Device::Cpu)?;
+                    kept(&stored.dequantize(&Device::Cpu)?, keep, device)
+                };
+                Ok((name.clone(), guarded(read).map_err(|what| malformed(format!("tensor {name} {what}")))?))
             })
             .collect::<Result<BTreeMap<_, _>, Error>>()?;
-        Self::checked(path, device, tensors)
+        Ok(Self::of(path, device, tensors))
     }
 
-    /// Values that are not finite would come out as a black picture long after: refused here, by name.
-    fn checked(path: &Path, device: &Device, tensors: BTreeMap<String, Tensor>) -> Result<Self, Error> {
-        let broken: Vec<String> = tensors
-            .par_iter()
-            .filter(|(_, tensor)| !tensor.abs().and_then(|t| t.sum_all()?.to_scalar::<f32>()).is_ok_and(f32::is_finite))
-            .map(|(name, _)| format!("tensor {name} has values that are not finite"))
-            .collect();
-        match broken.is_empty() {
-            true => Ok(Self { path: path.to_owned(), device: device.clone(), tensors, differences: Vec::new() }),
-            false => Err(Error::Malformed { path: path.to_owned(), what: told(&broken) }),
-        }
+    fn of(path: &Path, device: &Device, tensors: BTreeMap<String, Tensor>) -> Self {
+        Self { path: path.to_owned(), device: device.clone(), tensors, differences: Vec::new() }
     }
 
     /// Whether a tensor of this name is there and not taken yet.
@@ -181,17 +190,37 @@ impl Weights {
             std::mem::take(&mut self.tensors).into_iter().map(|(old, tensor)| (name(&old), tensor)).collect();
     }
 
-    /// Takes a tensor. If it is missing or of another shape, that is noted for [`Weights::finish`], and zeros stand in for it (they take
+    /// Takes a tensor, as f32. If it is missing or of another shape, that is noted for [`Weights::finish`], and zeros stand in for it (they take
     /// no memory, whatever the shape).
     pub fn get(&mut self, name: &str, shape: &[usize]) -> Tensor {
+        let full = |tensor: Tensor| tensor.to_dtype(DType::F32).expect("floats can be converted");
+        self.take(name, shape).map_or_else(|| self.zeros(shape), full)
+    }
+
+    /// The same in the type that it is kept as.
+    pub fn matrix(&mut self, name: &str, shape: &[usize]) -> Tensor {
         self.take(name, shape).unwrap_or_else(|| self.zeros(shape))
     }
 
-    /// Takes a tensor and brings it into another form, of the shape `wanted`, in which zeros stand in for it if it is missing or of another shape.
+    /// Takes a tensor, as f32, and brings it into another form, of the shape `wanted`, in which zeros stand in for it if it is missing or of another shape.
     ///
     /// # Errors
     /// If it cannot be brought into that form.
     pub fn get_as(
+        &mut self,
+        name: &str,
+        shape: &[usize],
+        wanted: &[usize],
+        convert: impl FnOnce(Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Tensor> {
+        self.matrix_as(name, shape, wanted, |tensor| convert(tensor.to_dtype(DType::F32)?))
+    }
+
+    /// The same in the type that it is kept as.
+    ///
+    /// # Errors
+    /// As [`Weights::get_as`].
+    pub fn matrix_as(
         &mut self,
         name: &str,
         shape: &[usize],
@@ -243,9 +272,41 @@ pub fn loaded() -> (u64, u64) {
     (READ.load(Relaxed), ASKED.load(Relaxed))
 }
 
-fn check_room(path: &Path, needed: u64, available: Option<u64>) -> Result<(), Error> {
+/// A tensor of a file, on the CPU, in the type that it is to be kept as, on the device that it is to be on. Values that are not finite would come out as a black
+/// picture long after: refused here.
+fn kept(tensor: &Tensor, keep: Keep, device: &Device) -> candle_core::Result<Tensor> {
+    let dtype = if tensor.rank() < 2 { DType::F32 } else { keep.matrix(tensor.dtype()) };
+    if !is_finite(tensor)? {
+        candle_core::bail!("has values that are not finite");
+    }
+    let converted = tensor.to_dtype(dtype)?;
+    if dtype == DType::F16 && tensor.dtype() != dtype && !is_finite(&converted)? {
+        candle_core::bail!("has values beyond those of f16: bf16 or f32 would keep them");
+    }
+    converted.to_device(device)
+}
+
+/// Whether all values of a contiguous tensor on the CPU are finite.
+fn is_finite(tensor: &Tensor) -> candle_core::Result<bool> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let (Storage::Cpu(storage), Some((from, to))) = (&*storage, layout.contiguous_offsets()) else {
+        candle_core::bail!("lies elsewhere");
+    };
+    Ok(match storage {
+        CpuStorage::F32(values) => values[from..to].iter().all(|value| value.is_finite()),
+        CpuStorage::F16(values) => values[from..to].iter().all(|value| value.is_finite()),
+        CpuStorage::BF16(values) => values[from..to].iter().all(|value| value.is_finite()),
+        _ => return is_finite(&tensor.to_dtype(DType::F32)?),
+    })
+}
+
+fn check_room(path: &Path, measure: &Measure, keep: Keep, available: Option<u64>) -> Result<(), Error> {
+    let needed = measure.memory(keep);
     match available {
-        Some(available) if needed > available => Err(Error::TooLarge { path: path.to_owned(), needed, available }),
+        Some(available) if needed > available => {
+            let halved = measure.memory(Dtype::Bf16.into());
+            Err(Error::TooLarge { path: path.to_owned(), needed, halved, available })
+        }
         _ => Ok(()),
     }
 }
@@ -288,13 +349,12 @@ impl Gguf {
 
     /// What the file holds.
     pub fn measure(&self) -> Measure {
-        let tensors = self.content.tensor_infos.values();
-        Measure {
-            tensors: self.content.tensor_infos.len(),
-            parameters: tensors.clone().map(|tensor| tensor.shape.elem_count() as u64).sum(),
-            bytes: self.bytes.len() as u64,
-            types: tensors.map(|tensor| format!("{:?}", tensor.ggml_dtype).to_lowercase()).collect(),
+        let mut found = Measure::default();
+        for tensor in self.content.tensor_infos.values() {
+            // What is dequantised is f32 first.
+            found.add(tensor.shape.dims(), DType::F32, 0, format!("{:?}", tensor.ggml_dtype).to_lowercase());
         }
+        Measure { bytes: self.bytes.len() as u64, ..found }
     }
 
     /// What the file says of the model, by key.
@@ -371,6 +431,29 @@ mod tests {
     }
 
     #[test]
+    fn matrices_are_kept_as_asked_and_vectors_in_f32() {
+        let (_folder, path) = write(&two());
+        let open = |keep: Keep| Weights::open_shards(std::slice::from_ref(&path), &Device::Cpu, keep).unwrap();
+        for (keep, expected) in [
+            (Keep::F32, DType::F32),
+            (Dtype::Auto.into(), DType::F16),
+            (Dtype::F16.into(), DType::F16),
+            (Dtype::Bf16.into(), DType::BF16),
+        ] {
+            let mut weights = open(keep);
+            assert_eq!(weights.matrix("a", &[2]).dtype(), DType::F32);
+            let matrix = weights.matrix("b", &[1, 2]);
+            assert_eq!(matrix.dtype(), expected);
+            assert_eq!(matrix.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap(), [[0.5, -3.0]]);
+            assert_eq!(open(keep).get("b", &[1, 2]).dtype(), DType::F32);
+        }
+        let large = safe(r#"{"a":{"dtype":"F32","shape":[1,1],"data_offsets":[0,4]}}"#, &1e5f32.to_le_bytes());
+        let (_folder, path) = write(&large);
+        let error = Weights::open_shards(&[path], &Device::Cpu, Dtype::F16.into()).unwrap_err().to_string();
+        assert!(error.contains("tensor a has values beyond those of f16"), "{error}");
+    }
+
+    #[test]
     fn hostile_safetensors_are_errors() {
         let good = two();
         let nan = safe(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, &f32::NAN.to_le_bytes());
@@ -403,11 +486,19 @@ mod tests {
     fn files_are_measured_by_their_headers() {
         let (_folder, path) = write(&two());
         let measure = measure(&[path.clone(), path.clone()]).unwrap();
-        assert_eq!((measure.tensors, measure.parameters, measure.bytes, measure.memory()), (4, 8, 24, 32));
-        assert_eq!(measure.types.into_iter().collect::<Vec<_>>(), ["f16", "f32"]);
-        assert!(check_room(&path, 10, None).is_ok() && check_room(&path, 10, Some(10)).is_ok());
-        let error = check_room(&path, 12_300_000_000, Some(5_000_000_000)).unwrap_err().to_string();
-        assert!(error.contains("needs 12.3 GB for its values in f32, 5.0 GB can be had"), "{error}");
+        assert_eq!((measure.tensors, measure.parameters, measure.bytes), (4, 8, 24));
+        assert_eq!(measure.types.iter().map(String::as_str).collect::<Vec<_>>(), ["f16", "f32"]);
+        // Four values in a vector, four in a matrix of f16.
+        assert_eq!((measure.memory(Keep::F32), measure.memory(Dtype::Auto.into())), (32, 24));
+        assert!(check_room(&path, &measure, Keep::F32, None).is_ok());
+        assert!(check_room(&path, &measure, Keep::F32, Some(32)).is_ok());
+        let mut large = Measure::default();
+        large.add(&[3_075, 1_000_000], DType::F32, 0, "f32".to_owned());
+        let room = |available| check_room(&path, &large, Keep::F32, Some(available)).unwrap_err().to_string();
+        let error = room(5_000_000_000);
+        assert!(error.contains("needs 12.3 GB for its values, 5.0 GB can be had: another machine"), "{error}");
+        let error = room(7_000_000_000);
+        assert!(error.contains("in bf16 it would fit (6.2 GB)"), "{error}");
     }
 
     fn gguf(tensors: u64, name_length: u64, dims: &[u64], data: &[u8]) -> Vec<u8> {
@@ -430,7 +521,8 @@ mod tests {
     fn hostile_gguf_is_an_error() {
         let values: Vec<u8> = [1f32, 2.0].iter().flat_map(|v| v.to_le_bytes()).collect();
         let (_folder, path) = write(&gguf(1, 1, &[2], &values));
-        let mut weights = Gguf::open(&path).and_then(|file| Weights::from_gguf(&file, &Device::Cpu, |_| true)).unwrap();
+        let mut weights =
+            Gguf::open(&path).and_then(|file| Weights::from_gguf(&file, &Device::Cpu, Keep::F32, |_| true)).unwrap();
         assert_eq!(weights.get("a", &[2]).to_vec1::<f32>().unwrap(), [1.0, 2.0]);
         let nan: Vec<u8> = [1f32, f32::INFINITY].iter().flat_map(|v| v.to_le_bytes()).collect();
         for bytes in [
@@ -446,8 +538,9 @@ mod tests {
             gguf(1, 1, &[2], &nan),
         ] {
             let (_folder, path) = write(&bytes);
-            let error =
-                Gguf::open(&path).and_then(|file| Weights::from_gguf(&file, &Device::Cpu, |_| true)).unwrap_err();
+            let error = Gguf::open(&path)
+                .and_then(|file| Weights::from_gguf(&file, &Device::Cpu, Keep::F32, |_| true))
+                .unwrap_err();
             assert!(matches!(error, Error::Malformed { .. }), "{error}");
         }
     }

@@ -17,7 +17,7 @@ use efferent_worker::{
         },
     },
     pipeline::read_json,
-    weights::Weights,
+    weights::{Keep, Weights},
 };
 use image::RgbImage;
 
@@ -49,7 +49,8 @@ fn open(name: &str) -> (Vision, Decoder) {
     let fields = read_json(&file(&format!("{name}.json"))).unwrap();
     let part = |prefix: &'static str| {
         let wanted = |tensor: &str| tensor.starts_with(prefix);
-        let mut weights = Weights::open_some(&[file(&format!("{name}.safetensors"))], &Device::Cpu, wanted).unwrap();
+        let mut weights =
+            Weights::open_some(&[file(&format!("{name}.safetensors"))], &Device::Cpu, Keep::F32, wanted).unwrap();
         weights.rename(|tensor| tensor.replacen(prefix, if prefix == "visual." { "" } else { "model." }, 1));
         weights
     };
@@ -144,7 +145,7 @@ fn texts_with_pictures_are_read_as_transformers_reads_them() {
 fn what_cannot_be_is_an_error() {
     let (vision, decoder) = open("taps");
     let config = vision.config().clone();
-    let mut nothing = Weights::open_some(&[file("taps.safetensors")], &Device::Cpu, |_| false).unwrap();
+    let mut nothing = Weights::open_some(&[file("taps.safetensors")], &Device::Cpu, Keep::F32, |_| false).unwrap();
     for config in [
         Config { heads: 3, ..config.clone() },
         Config { width: 0, ..config.clone() },

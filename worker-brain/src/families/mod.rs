@@ -13,6 +13,7 @@ use efferent_worker::{
     engine::{Brain, EngineError},
     pipeline::Pipeline,
     thread::Factory,
+    weights::Dtypes,
 };
 
 /// Where a brain is built from.
@@ -24,6 +25,8 @@ pub struct Source {
     pub weights: Option<PathBuf>,
     /// Where to compute: on one device, or on several that share the layers of a language model out, or text encoders.
     pub devices: Vec<Device>,
+    /// What the weights of parts are kept as.
+    pub dtypes: Dtypes,
 }
 
 impl Source {
@@ -40,8 +43,8 @@ pub const FAMILIES: [(&str, Load); 3] =
     [("metaquery", metaquery::load), ("smollm2", smollm2::load), ("text_encoders", text_encoders::load)];
 
 /// Builds the brain of a pipeline. Weights that are not in its folder are looked for in the home folder.
-pub fn factory(pipeline: &Pipeline, home: &Path, devices: Vec<Device>) -> Factory<dyn Brain> {
-    let source = Source { pipeline: pipeline.clone(), weights: pipeline.brain_weights(home), devices };
+pub fn factory(pipeline: &Pipeline, home: &Path, devices: Vec<Device>, dtypes: Dtypes) -> Factory<dyn Brain> {
+    let source = Source { pipeline: pipeline.clone(), weights: pipeline.brain_weights(home), devices, dtypes };
     Box::new(move || {
         let family = &source.pipeline.brain().family;
         match FAMILIES.iter().find(|(name, _)| name == family) {

@@ -14,6 +14,7 @@ use efferent_worker::{
     engine::{EngineError, Hand},
     pipeline::Pipeline,
     thread::Factory,
+    weights::Dtypes,
 };
 
 /// What a hand computes on, and how.
@@ -23,13 +24,15 @@ pub struct Setup {
     pub first: Device,
     /// The branch without the prompt, at the same time as the first that with it.
     pub second: Option<Device>,
-    /// Pixels of a picture above which it is decoded in tiles, if there is such a limit.
+    /// Pixels of a picture above which it is decoded and encoded in tiles, if there is such a limit.
     pub tile_above: Option<u64>,
+    /// What the weights of parts are kept as, where a family has parts to choose for.
+    pub dtypes: Dtypes,
 }
 
 impl From<Device> for Setup {
     fn from(first: Device) -> Self {
-        Self { first, second: None, tile_above: None }
+        Self { first, second: None, tile_above: None, dtypes: Dtypes::default() }
     }
 }
 

@@ -24,7 +24,7 @@ use efferent_worker::{
     nn::rows::on_pool,
     pipeline::{Pipeline, diffusers, read_json},
     signal::{self, space_name},
-    weights::Weights,
+    weights::{Dtypes, Weights},
 };
 use image::RgbImage;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -180,6 +180,7 @@ struct Moving<'a, C> {
 pub struct Parts<'a> {
     folder: &'a Path,
     device: &'a Device,
+    dtypes: &'a Dtypes,
 }
 
 fn unloadable(part: &str, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> EngineError {
@@ -206,7 +207,8 @@ impl Parts<'_> {
     ) -> Result<T, EngineError> {
         let (files, variant) = diffusers::weights(&self.folder.join(part)).map_err(|e| unloadable(part, e))?;
         tracing::info!(part, variant, files = files.len(), "loading");
-        let mut weights = Weights::open_shards(&files, self.device).map_err(|e| unloadable(part, e))?;
+        let keep = self.dtypes.of(part, &self.config(part)?)?;
+        let mut weights = Weights::open_shards(&files, self.device, keep).map_err(|e| unloadable(part, e))?;
         let made = make(&mut weights).map_err(|e| unloadable(part, e))?;
         weights.finish().map_err(|e| unloadable(part, e))?;
         Ok(made)
@@ -226,14 +228,14 @@ pub fn load<N: Network>(
     let folder = pipeline.folder();
     let scheduler = read_json(&folder.join("scheduler").join("scheduler_config.json"))
         .map_err(|e| unloadable("the scheduler", e))?;
-    let network = make(&Parts { folder, device: &setup.first })?;
+    let network = make(&Parts { folder, device: &setup.first, dtypes: &setup.dtypes })?;
     let space = pipeline.space(network.width() as u32, config.layers, "none");
     if network.width() != config.width {
         let message = format!("the network reads {}, not states of {} channels", space_name(&space), config.width);
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("hand.config.width").into());
     }
     let second = match &setup.second {
-        Some(device) => Some((make(&Parts { folder, device })?, device.clone())),
+        Some(device) => Some((make(&Parts { folder, device, dtypes: &setup.dtypes })?, device.clone())),
         None => None,
     };
     let spec = EngineSpec { model: pipeline.model(&space), max_batch: MAX_BATCH, simulated: false };

@@ -423,7 +423,9 @@ pub(crate) fn command() -> Command {
             let subcommand = with_settings(subcommand, groups, false);
             #[cfg(feature = "local")]
             if name == "models" {
-                return subcommand.mut_subcommand("fetch", |fetch| with_settings(fetch, &[Group::Weights], false));
+                return ["fetch", "inspect"].into_iter().fold(subcommand, |models, name| {
+                    models.mut_subcommand(name, |command| with_settings(command, &[Group::Weights], false))
+                });
             }
             subcommand
         });

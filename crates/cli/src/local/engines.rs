@@ -11,7 +11,7 @@ use efferent_worker::{
     pipeline::Pipeline,
     sim,
     thread::Factory,
-    weights::Measure,
+    weights::Dtypes,
 };
 
 use crate::{
@@ -30,6 +30,7 @@ use crate::{
 pub(crate) struct Engines {
     source: Source,
     held: Arc<Held>,
+    dtypes: Dtypes,
 }
 
 #[derive(Debug)]
@@ -45,7 +46,9 @@ impl Engines {
     /// If there is no such model, its manifest is malformed, or the device is not there or held by another worker.
     pub(crate) fn open(settings: &Settings, role: &str) -> Result<Self, Failure> {
         let held = Arc::new(devices::take(&settings.local, role)?);
-        Self::find(settings, &settings.client.model, held)
+        let mut only = Self::find(settings, &settings.client.model, held)?;
+        Self::ask_dtypes(settings, std::slice::from_mut(&mut only))?;
+        Ok(only)
     }
 
     /// The model, and those besides it.
@@ -53,19 +56,33 @@ impl Engines {
     /// # Errors
     /// As [`Engines::open`], and if two of them have one name.
     pub(crate) fn open_all(settings: &Settings, role: &str) -> Result<Vec<Self>, Failure> {
-        let first = Self::open(settings, role)?;
+        let held = Arc::new(devices::take(&settings.local, role)?);
         let mut all: Vec<Self> = Vec::new();
         let more = settings.local.also.split(',').map(str::trim).filter(|name| !name.is_empty());
-        let more = more.map(|name| Self::find(settings, name, first.held.clone())).collect::<Vec<_>>();
-        for engines in std::iter::once(Ok(first)).chain(more) {
-            let engines = engines?;
+        for name in std::iter::once(settings.client.model.as_str()).chain(more) {
+            let engines = Self::find(settings, name, held.clone())?;
             if all.iter().any(|known| known.name() == engines.name()) {
                 let message = format!("--also names {} twice, or what --model names already", engines.name());
                 return Err(Failure::words(Exit::Config, message));
             }
             all.push(engines);
         }
+        Self::ask_dtypes(settings, &mut all)?;
         Ok(all)
+    }
+
+    /// What the parts of a worker's models are kept as. A part that is named is one of some model.
+    fn ask_dtypes(settings: &Settings, all: &mut [Self]) -> Result<(), Failure> {
+        let pipelines: Vec<&Pipeline> = all
+            .iter()
+            .filter_map(|engines| match &engines.source {
+                Source::Model(pipeline) => Some(&**pipeline),
+                Source::Sim { .. } => None,
+            })
+            .collect();
+        let dtypes = inspect::dtypes(settings, &pipelines)?;
+        all.iter_mut().for_each(|engines| engines.dtypes = dtypes.clone());
+        Ok(())
     }
 
     fn find(settings: &Settings, model: &str, held: Arc<Held>) -> Result<Self, Failure> {
@@ -89,10 +106,10 @@ impl Engines {
                 hangs: sim.hangs.0,
                 max_batch: sim.max_batch,
             };
-            return Ok(Self { source: Source::Sim { brain, hand }, held });
+            return Ok(Self { source: Source::Sim { brain, hand }, held, dtypes: Dtypes::default() });
         }
         let pipeline = open_or_fetch(settings, model)?;
-        Ok(Self { source: Source::Model(Box::new(pipeline)), held })
+        Ok(Self { source: Source::Model(Box::new(pipeline)), held, dtypes: Dtypes::default() })
     }
 
     /// The model as it is offered before it is loaded.
@@ -115,9 +132,9 @@ impl Engines {
     /// If a file of it cannot be read.
     pub(crate) fn memory(&self, settings: &Settings, role: &[&str]) -> Result<u64, Failure> {
         let Source::Model(pipeline) = &self.source else { return Ok(0) };
-        let parts = inspect::parts(pipeline, settings)?;
+        let parts = inspect::parts(pipeline, settings, &self.dtypes)?;
         let of_role = parts.iter().filter(|part| role.contains(&part.role));
-        Ok(of_role.filter_map(|part| part.measure.as_ref().map(Measure::memory)).sum())
+        Ok(of_role.filter_map(inspect::Part::memory).sum())
     }
 
     /// The model's name.
@@ -160,7 +177,7 @@ impl Engines {
     /// Builds the brain.
     pub(crate) fn brain(&self, home: &Path) -> Factory<dyn Brain> {
         match &self.source {
-            Source::Model(pipeline) => brains::factory(pipeline, home, self.held.opened.clone()),
+            Source::Model(pipeline) => brains::factory(pipeline, home, self.held.opened.clone(), self.dtypes.clone()),
             Source::Sim { brain, .. } => brains::sim::factory(*brain),
         }
     }
@@ -172,7 +189,10 @@ impl Engines {
                 let mut opened = self.held.opened.iter().cloned();
                 let first = opened.next().unwrap_or(Device::Cpu);
                 let tile_above = Some(tile_above).filter(|pixels| *pixels > 0);
-                hands::factory(pipeline, hands::Setup { first, second: opened.next(), tile_above })
+                hands::factory(
+                    pipeline,
+                    hands::Setup { first, second: opened.next(), tile_above, dtypes: self.dtypes.clone() },
+                )
             }
             Source::Sim { hand, .. } => hands::sim::factory(hand.clone()),
         }

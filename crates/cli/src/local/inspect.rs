@@ -1,10 +1,12 @@
 //! `efferent models inspect`: what a model is made of, before anything is loaded.
 
+use std::collections::BTreeSet;
+
 use efferent_worker::{
     memory,
     pipeline::Pipeline,
     signal::space_name,
-    weights::{self, Gguf, Measure},
+    weights::{self, Dtypes, Gguf, Keep, Measure},
 };
 use serde_json::json;
 
@@ -21,16 +23,12 @@ use crate::{
 /// If the model is not found or malformed, or a file of it cannot be read.
 pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) -> Result<(), Failure> {
     let pipeline = engines::open(name.unwrap_or(&settings.client.model), &settings.local.models)?;
-    let parts = parts(&pipeline, settings)?;
+    let parts = parts(&pipeline, settings, &dtypes(settings, &[&pipeline])?)?;
     let unknown = || "not declared".to_owned();
     let space = pipeline.declared_space();
     let model = space.as_ref().map(|space| pipeline.model(space));
     let needed = |role: &[&str]| -> Option<u64> {
-        parts
-            .iter()
-            .filter(|part| role.contains(&part.role))
-            .map(|part| part.measure.as_ref().map(Measure::memory))
-            .sum()
+        parts.iter().filter(|part| role.contains(&part.role)).map(Part::memory).sum()
     };
     let memory = [("brain", needed(&["brain", "connector"])), ("hand", needed(&["hand"]))];
     if as_json {
@@ -43,7 +41,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
                 "types": measure.map(|measure| measure.types.clone()),
                 "parameters": measure.map(|measure| measure.parameters),
                 "bytes": measure.map(|measure| measure.bytes),
-                "memory_bytes": measure.map(Measure::memory),
+                "memory_bytes": part.memory(),
             })
         };
         return output::line(json!({
@@ -65,7 +63,7 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
                 measure.types.iter().cloned().collect::<Vec<_>>().join("+"),
                 scaled(measure.parameters, ""),
                 scaled(measure.bytes, "B"),
-                scaled(measure.memory(), "B"),
+                scaled(measure.memory(part.keep), "B"),
             ],
             None => ["to be fetched", "-", "-", "-"].map(str::to_owned),
         });
@@ -120,14 +118,42 @@ pub(crate) struct Part {
     name: String,
     kind: String,
     /// None if the weights are to be fetched first.
-    pub(crate) measure: Option<Measure>,
+    measure: Option<Measure>,
+    keep: Keep,
+}
+
+impl Part {
+    /// Bytes that its weights take in memory, unless they are to be fetched first.
+    pub(crate) fn memory(&self) -> Option<u64> {
+        self.measure.as_ref().map(|measure| measure.memory(self.keep))
+    }
+}
+
+/// What the parts of models are kept as.
+///
+/// # Errors
+/// If that is malformed, or names a part that none of them has.
+pub(crate) fn dtypes(settings: &Settings, models: &[&Pipeline]) -> Result<Dtypes, Failure> {
+    let refused = |what: String| Failure::words(Exit::Config, format!("dtype: {what}"));
+    let dtypes: Dtypes = settings.local.dtype.parse().map_err(refused)?;
+    let mut known = BTreeSet::new();
+    for pipeline in models {
+        let stored = pipeline.stored().map_err(|error| Failure::new(Exit::Config, error))?;
+        known.extend(stored.into_iter().map(|part| part.name));
+        known.extend(pipeline.brain().fetched.as_ref().map(|_| pipeline.brain().name.clone()));
+    }
+    if let Some(part) = dtypes.named().find(|part| !known.contains(*part)) {
+        let known = Vec::from_iter(known).join(", ");
+        return Err(refused(format!("no part is called {part:?}; there are {known}")));
+    }
+    Ok(dtypes)
 }
 
 /// What a model is made of.
 ///
 /// # Errors
 /// If a file of it cannot be read.
-pub(crate) fn parts(pipeline: &Pipeline, settings: &Settings) -> Result<Vec<Part>, Failure> {
+pub(crate) fn parts(pipeline: &Pipeline, settings: &Settings, dtypes: &Dtypes) -> Result<Vec<Part>, Failure> {
     let mut found = Vec::new();
     if let Some(file) = pipeline.brain_weights(&settings.local.home) {
         let measure = match file.exists() {
@@ -135,11 +161,18 @@ pub(crate) fn parts(pipeline: &Pipeline, settings: &Settings) -> Result<Vec<Part
             false => None,
         };
         let brain = pipeline.brain();
-        found.push(Part { role: "brain", name: brain.name.clone(), kind: brain.family.clone(), measure });
+        found.push(Part {
+            role: "brain",
+            name: brain.name.clone(),
+            kind: brain.family.clone(),
+            measure,
+            keep: dtypes.of_file(&brain.name),
+        });
     }
     for stored in pipeline.stored().map_err(|error| Failure::new(Exit::Config, error))? {
         let measure = weights::measure(&stored.files).map_err(|error| Failure::new(Exit::Config, error))?;
-        found.push(Part { role: stored.role, name: stored.name, kind: stored.kind, measure: Some(measure) });
+        let keep = stored.keep(dtypes).map_err(|error| Failure::words(Exit::Config, error.to_string()))?;
+        found.push(Part { role: stored.role, name: stored.name, kind: stored.kind, measure: Some(measure), keep });
     }
     Ok(found)
 }

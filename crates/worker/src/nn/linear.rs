@@ -1,6 +1,6 @@
 //! Affine maps.
 
-use candle_core::{D, Device, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use super::product::product;
 use crate::weights::Weights;
@@ -17,8 +17,18 @@ pub struct Linear {
 impl Linear {
     /// Without bias: takes `{name}.weight`.
     pub fn new(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Self {
-        let weight = weights.get(&format!("{name}.weight"), &[outputs, inputs]);
+        let weight = weights.matrix(&format!("{name}.weight"), &[outputs, inputs]);
         Self { weight: transposed(weight), bias: None }
+    }
+
+    /// The same for a map whose inputs f16 does not hold: where a weight's type is that of its inputs too, f16 becomes f32.
+    pub fn beyond_f16(weights: &mut Weights, name: &str, inputs: usize, outputs: usize) -> Self {
+        let weight = weights.matrix(&format!("{name}.weight"), &[outputs, inputs]);
+        let wide = match weight.dtype() == DType::F16 && !weight.device().is_cpu() {
+            true => weight.to_dtype(DType::F32).expect("floats can be converted"),
+            false => weight,
+        };
+        Self { weight: transposed(wide), bias: None }
     }
 
     /// With bias: takes `{name}.weight` and `{name}.bias`.
@@ -112,7 +122,7 @@ impl Linear {
 /// A kernel (out, ..) as (values of a patch, out).
 fn flattened(weights: &mut Weights, name: &str, shape: &[usize]) -> Result<Tensor> {
     let (outputs, values) = (shape[0], shape[1..].iter().product());
-    weights.get_as(&format!("{name}.weight"), shape, &[values, outputs], |weight| {
+    weights.matrix_as(&format!("{name}.weight"), shape, &[values, outputs], |weight| {
         weight.reshape((outputs, values))?.t()?.contiguous()
     })
 }

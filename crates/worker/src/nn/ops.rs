@@ -19,6 +19,16 @@ pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
     }
 }
 
+/// Token ids, u32 (batch, tokens) -> their rows of a table (vocabulary, width), perhaps in half precision: (batch, tokens, width) in f32
+///
+/// # Errors
+/// If an id is not of the vocabulary.
+pub(super) fn embed(table: &Tensor, ids: &Tensor) -> Result<Tensor> {
+    let (batch, tokens) = ids.dims2()?;
+    let rows = table.index_select(&ids.flatten_all()?, 0)?;
+    rows.to_dtype(DType::F32)?.reshape((batch, tokens, table.dim(1)?))
+}
+
 /// An activation, as configurations name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 pub enum Activation {

@@ -10,7 +10,10 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::ops::{is_ours, slice};
+use super::{
+    half::{self, Values},
+    ops::{is_ours, slice},
+};
 
 /// Most rows for which it is the quicker way. Up to as many, a row's values do not depend on the others.
 pub const MAX_ROWS: usize = 160;
@@ -19,16 +22,17 @@ const GRAIN: usize = 512 * 1024;
 /// Outputs of the widest tile on the widest vectors.
 const WIDEST: usize = 64;
 
-/// x (rows, inputs), weight (inputs, outputs) -> (rows, outputs)
+/// x (rows, inputs), weight (inputs, outputs), perhaps in half precision -> (rows, outputs)
 ///
 /// # Errors
 /// If the inputs differ.
 pub(super) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let ours = is_ours(x) && is_ours(weight) && weight.is_contiguous() && (1..=MAX_ROWS).contains(&x.dim(0)?);
+    let known = is_ours(weight) || (weight.device().is_cpu() && half::is_half(weight));
+    let ours = is_ours(x) && known && weight.is_contiguous() && (1..=MAX_ROWS).contains(&x.dim(0)?);
     if ours && x.dim(1)? == weight.dim(0)? {
         return x.contiguous()?.apply_op2_no_bwd(weight, &Product);
     }
-    x.matmul(weight)
+    half::matmul(x, weight)
 }
 
 struct Product;
@@ -40,13 +44,24 @@ impl CustomOp2 for Product {
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
         let ((rows, inputs), (_, outputs)) = (lx.shape().dims2()?, lw.shape().dims2()?);
-        let (x, w) = (slice(x, lx)?, slice(w, lw)?);
+        let (x, w) = (slice(x, lx)?, Values::of(w, lw)?);
         let grain = (GRAIN / (rows * inputs).max(1)).next_multiple_of(WIDEST).max(WIDEST);
         let parts: Vec<Range<usize>> =
             (0..outputs).step_by(grain).map(|start| start..(start + grain).min(outputs)).collect();
         let columns: Vec<Vec<f32>> = parts
             .par_iter()
-            .map(|part| Arch::new().dispatch(Columns { x, w, inputs, outputs, part: part.clone() }))
+            .map(|part| match w {
+                Values::F32(w) => Arch::new().dispatch(Columns { x, w, inputs, outputs, part: part.clone() }),
+                _ => {
+                    // Their columns, in f32.
+                    let mut columns = vec![0f32; inputs * part.len()];
+                    for (input, columns) in columns.chunks_exact_mut(part.len()).enumerate() {
+                        w.widen(input * outputs + part.start, columns);
+                    }
+                    let part = 0..part.len();
+                    Arch::new().dispatch(Columns { x, w: &columns, inputs, outputs: part.len(), part })
+                }
+            })
             .collect();
         let mut y = vec![0f32; rows * outputs];
         for (part, columns) in parts.iter().zip(&columns) {
@@ -189,6 +204,18 @@ mod tests {
             let last = product(&x.narrow(0, rows - 1, 1).unwrap(), &w).unwrap();
             let values = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(values(ours.narrow(0, rows - 1, 1).unwrap()), values(last));
+        }
+    }
+
+    #[test]
+    fn halves_give_what_they_give_in_f32() {
+        for dtype in [DType::F16, DType::BF16] {
+            for (rows, inputs, outputs) in [(1, 5, 3), (7, 33, 70), (26, 576, 1000), (200, 64, 48)] {
+                let x = Tensor::randn(0f32, 1.0, (rows, inputs), &Device::Cpu).unwrap();
+                let w = Tensor::randn(0f32, 1.0, (inputs, outputs), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                let wide = product(&x, &w.to_dtype(DType::F32).unwrap()).unwrap();
+                assert_eq!(product(&x, &w).unwrap().to_vec2::<f32>().unwrap(), wide.to_vec2::<f32>().unwrap());
+            }
         }
     }
 

@@ -119,7 +119,8 @@ impl T5 {
                         (Some(linear("1.DenseReluDense.wi_0", width, mlp_width)), "1.DenseReluDense.wi_1")
                     }
                 };
-                let (up, down) = (linear(up, width, mlp_width), linear("1.DenseReluDense.wo", mlp_width, width));
+                let up = linear(up, width, mlp_width);
+                let down = Linear::beyond_f16(weights, &name("1.DenseReluDense.wo"), mlp_width, width);
                 let mut norm = |part: &str| weights.get(&name(part), &[width]);
                 let (attention_norm, mlp_norm) = (norm("0.layer_norm.weight"), norm("1.layer_norm.weight"));
                 Layer { attention_norm, q, k, v, output, mlp_norm, gate, up, down }
@@ -127,11 +128,11 @@ impl T5 {
             .collect();
         if weights.contains("encoder.embed_tokens.weight") && weights.contains("shared.weight") {
             // Some files hold the one table under both names.
-            weights.get("encoder.embed_tokens.weight", &[vocabulary, width]);
+            weights.matrix("encoder.embed_tokens.weight", &[vocabulary, width]);
         }
         let distances = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight";
         Ok(Self {
-            embedding: weights.get("shared.weight", &[vocabulary, width]),
+            embedding: weights.matrix("shared.weight", &[vocabulary, width]),
             distances: weights.get(distances, &[buckets, heads]),
             layers,
             final_norm: weights.get("encoder.final_layer_norm.weight", &[width]),
@@ -156,9 +157,8 @@ impl T5 {
     /// # Errors
     /// If an id is not of the vocabulary, or a mask has another shape.
     pub fn states(&self, ids: &Tensor, mask: Option<&Tensor>) -> Result<Vec<Tensor>> {
-        let (batch, tokens) = ids.dims2()?;
-        let rows = self.embedding.index_select(&ids.flatten_all()?, 0)?;
-        let mut states = vec![rows.reshape((batch, tokens, self.config.width))?];
+        let (_, tokens) = ids.dims2()?;
+        let mut states = vec![ops::embed(&self.embedding, ids)?];
         let mut bias = self.distance_bias(tokens)?;
         if let Some(mask) = mask {
             bias = bias.broadcast_add(&hide_absent(mask)?)?;

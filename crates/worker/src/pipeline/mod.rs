@@ -16,6 +16,8 @@ use efferent_proto::{
 };
 use serde::{Deserialize, de::DeserializeOwned};
 
+use crate::weights::{Dtypes, Keep};
+
 /// The file that makes a folder a model folder.
 pub const MANIFEST: &str = "pipeline.json";
 /// The manifest's version that this program reads.
@@ -204,6 +206,21 @@ pub struct Stored {
     pub kind: String,
     /// Safetensors files: one, or shards.
     pub files: Vec<PathBuf>,
+    /// The folder that it is, with its configuration; `None` for a file.
+    pub folder: Option<PathBuf>,
+}
+
+impl Stored {
+    /// What its weights are kept as.
+    ///
+    /// # Errors
+    /// If its configuration cannot be read, or it is not to be kept as is asked.
+    pub fn keep(&self, dtypes: &Dtypes) -> Result<Keep, Box<dyn std::error::Error + Send + Sync>> {
+        match &self.folder {
+            Some(folder) => Ok(dtypes.of(&self.name, &read_json(&folder.join("config.json"))?)?),
+            None => Ok(dtypes.of_file(&self.name)),
+        }
+    }
 }
 
 impl Pipeline {
@@ -370,22 +387,25 @@ impl Pipeline {
             let parts = diffusers::parts(&self.folder)?.into_iter();
             return parts
                 .map(|(name, kind)| {
-                    let (files, _) = diffusers::weights(&self.folder.join(&name))?;
-                    Ok(Stored { role: if of_brain(&name) { "brain" } else { "hand" }, name, kind, files })
+                    let folder = self.folder.join(&name);
+                    let (files, _) = diffusers::weights(&folder)?;
+                    let role = if of_brain(&name) { "brain" } else { "hand" };
+                    Ok(Stored { role, name, kind, files, folder: Some(folder) })
                 })
                 .collect();
         }
         let parts = connector.iter().map(|part| ("connector", part)).chain([("hand", hand)]);
         let with_weights = parts.clone().filter_map(|(role, part)| {
             let files = vec![self.folder.join(part.weights.as_ref()?)];
-            Some(Ok(Stored { role, name: part.name.clone(), kind: part.family.clone(), files }))
+            Some(Ok(Stored { role, name: part.name.clone(), kind: part.family.clone(), files, folder: None }))
         });
         let folders = parts.flat_map(|(role, part)| part.folders.iter().map(move |folder| (role, folder)));
         let folders = brain.folders.iter().map(|folder| ("brain", folder)).chain(folders);
         let of_folder = |(role, name): (&'static str, &String)| {
             let folder = self.folder.join(name);
-            let class = diffusers::class(&folder)?;
-            Some(diffusers::weights(&folder).map(|(files, _)| Stored { role, name: name.clone(), kind: class, files }))
+            let kind = diffusers::class(&folder)?;
+            let found = diffusers::weights(&folder);
+            Some(found.map(|(files, _)| Stored { role, name: name.clone(), kind, files, folder: Some(folder) }))
         };
         folders.filter_map(of_folder).chain(with_weights).collect()
     }

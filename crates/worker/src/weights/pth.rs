@@ -2,14 +2,15 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use candle_core::{DType, Device, Tensor, pickle::PthTensors};
+use candle_core::{Device, Tensor, pickle::PthTensors};
 
-use super::{Error, check_size, guarded};
+use super::{Error, Keep, check_size, guarded, kept};
 
-/// The wanted tensors of a file as f32.
+/// The wanted tensors of a file, kept as asked.
 pub(super) fn read(
     path: &Path,
     device: &Device,
+    keep: Keep,
     wanted: &dyn Fn(&str) -> bool,
 ) -> Result<BTreeMap<String, Tensor>, Error> {
     let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
@@ -32,7 +33,7 @@ pub(super) fn read(
             return Err(told(&format!("of {:?} is larger than the file", info.layout.dims())));
         }
         let read = || match file.get(name)? {
-            Some(tensor) => tensor.to_dtype(DType::F32)?.contiguous()?.to_device(device),
+            Some(tensor) => kept(&tensor.contiguous()?, keep, device),
             None => candle_core::bail!("is not in the file"),
         };
         tensors.insert(name.clone(), guarded(read).map_err(|what| told(&what))?);
@@ -53,7 +54,8 @@ mod tests {
 
     #[test]
     fn tensors_of_torch() {
-        let mut weights = Weights::open_pth(&file(), &Device::Cpu, |name| name != "ids" && name != "part").unwrap();
+        let mut weights =
+            Weights::open_pth(&file(), &Device::Cpu, Keep::F32, |name| name != "ids" && name != "part").unwrap();
         assert_eq!(weights.get("a", &[2, 3]).to_vec2::<f32>().unwrap(), [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]);
         assert_eq!(weights.get("b", &[2, 2]).to_vec2::<f32>().unwrap(), [[0.5, 2.5], [1.5, 3.5]]);
         weights.finish().unwrap();
@@ -62,7 +64,7 @@ mod tests {
     #[test]
     fn what_cannot_be_read_is_an_error() {
         let told = |path: &Path, wanted: &str| {
-            Weights::open_pth(path, &Device::Cpu, |name| name == wanted).unwrap_err().to_string()
+            Weights::open_pth(path, &Device::Cpu, Keep::F32, |name| name == wanted).unwrap_err().to_string()
         };
         assert!(told(&file(), "ids").contains("tensor ids is of type I64"));
         assert!(told(&file(), "part").contains("is a part of another one"));

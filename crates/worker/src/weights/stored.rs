@@ -7,17 +7,15 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::{Dtype, tensor::Metadata};
 
-use super::{Error, check_size};
+use super::{Error, Keep, check_size};
 
 /// Most bytes of a header, as in the safetensors library.
 const MAX_HEADER: u64 = 100_000_000;
-/// Bytes of a value in memory: everything is computed with in f32.
-const VALUE: u64 = 4;
-
 /// Which tensors are read, by name.
 pub(super) type Wanted<'a> = &'a (dyn Fn(&str) -> bool + Sync);
 
@@ -32,12 +30,31 @@ pub struct Measure {
     pub bytes: u64,
     /// Types of the values.
     pub types: BTreeSet<String>,
+    /// Values of vectors, and of matrices by the type that they are stored as.
+    pub(super) vectors: u64,
+    pub(super) matrices: Vec<(DType, u64)>,
 }
 
 impl Measure {
-    /// Bytes of the values in memory.
-    pub fn memory(&self) -> u64 {
-        self.parameters.saturating_mul(VALUE)
+    /// Bytes of the values in memory, if they are kept as this.
+    pub fn memory(&self, keep: Keep) -> u64 {
+        let matrices = self.matrices.iter().map(|(stored, values)| (keep.matrix(*stored), *values));
+        let all = matrices.chain([(DType::F32, self.vectors)]);
+        all.fold(0, |sum, (dtype, values)| sum.saturating_add(values.saturating_mul(dtype.size_in_bytes() as u64)))
+    }
+
+    /// Counts a tensor in.
+    pub(super) fn add(&mut self, shape: &[usize], stored: DType, bytes: u64, name: String) {
+        let values = shape.iter().product::<usize>() as u64;
+        self.tensors += 1;
+        self.parameters += values;
+        self.bytes += bytes;
+        self.types.insert(name);
+        match (shape.len(), self.matrices.iter_mut().find(|(dtype, _)| *dtype == stored)) {
+            (0 | 1, _) => self.vectors += values,
+            (_, Some((_, sum))) => *sum += values,
+            (_, None) => self.matrices.push((stored, values)),
+        }
     }
 }
 
@@ -72,10 +89,13 @@ pub(super) fn measure_some(paths: &[PathBuf], wanted: Wanted<'_>) -> Result<Meas
     for path in paths {
         let header = Header::read(path)?;
         for (_, tensor) in header.tensors().filter(|(name, _)| wanted(name)) {
-            found.tensors += 1;
-            found.parameters += tensor.shape.iter().product::<usize>() as u64;
-            found.bytes += (tensor.data_offsets.1 - tensor.data_offsets.0) as u64;
-            found.types.insert(format!("{:?}", tensor.dtype).to_lowercase());
+            let bytes = (tensor.data_offsets.1 - tensor.data_offsets.0) as u64;
+            let stored = match tensor.dtype {
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                _ => DType::F32,
+            };
+            found.add(&tensor.shape, stored, bytes, format!("{:?}", tensor.dtype).to_lowercase());
         }
     }
     Ok(found)
@@ -122,8 +142,13 @@ impl Header {
     }
 }
 
-/// The wanted tensors of a file as f32.
-pub(super) fn read(path: &Path, device: &Device, wanted: Wanted<'_>) -> Result<BTreeMap<String, Tensor>, Error> {
+/// The wanted tensors of a file, kept as asked.
+pub(super) fn read(
+    path: &Path,
+    device: &Device,
+    keep: Keep,
+    wanted: Wanted<'_>,
+) -> Result<BTreeMap<String, Tensor>, Error> {
     let header = Header::read(path)?;
     let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
     let tensors: Vec<_> = header.tensors().filter(|(name, _)| wanted(name)).collect();
@@ -132,12 +157,11 @@ pub(super) fn read(path: &Path, device: &Device, wanted: Wanted<'_>) -> Result<B
         let bytes = part(path, header.start + begin as u64, end - begin)
             .map_err(|source| Error::Read { path: path.to_owned(), source })?;
         super::READ.fetch_add(bytes.len() as u64, super::Relaxed);
-        let values = floats(info.dtype, &bytes).ok_or_else(|| {
+        let tensor = tensor(info.dtype, bytes, &info.shape).ok_or_else(|| {
             malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", info.dtype))
         })?;
-        let tensor = Tensor::from_vec(values, &*info.shape, device);
-        let tensor = tensor.map_err(|error| malformed(format!("tensor {name}: {error}")))?;
-        Ok((name, tensor))
+        let tensor = tensor.and_then(|tensor| super::kept(&tensor, keep, device));
+        Ok((name.clone(), tensor.map_err(|error| malformed(format!("tensor {name} {error}")))?))
     };
     tensors.into_par_iter().map(one).collect()
 }
@@ -150,12 +174,22 @@ fn part(path: &Path, from: u64, length: usize) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Little-endian values of a float type as f32; `None` for other types.
-fn floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
+/// Little-endian values of a float type; `None` for other types.
+fn tensor(dtype: Dtype, data: Vec<u8>, shape: &[usize]) -> Option<candle_core::Result<Tensor>> {
+    let halves = data.as_chunks::<2>().0;
     Some(match dtype {
-        Dtype::F32 => data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-        Dtype::F16 => data.as_chunks::<2>().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
-        Dtype::BF16 => data.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::F32 => {
+            let values: Vec<f32> = data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        }
+        Dtype::F16 => {
+            let values: Vec<f16> = halves.iter().map(|b| f16::from_le_bytes(*b)).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        }
+        Dtype::BF16 => {
+            let values: Vec<bf16> = halves.iter().map(|b| bf16::from_le_bytes(*b)).collect();
+            Tensor::from_vec(values, shape, &Device::Cpu)
+        }
         _ => return None,
     })
 }

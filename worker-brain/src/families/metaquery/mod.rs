@@ -19,7 +19,7 @@ use efferent_worker::{
     nn::decoder::{Decoder, Sight},
     pipeline::{Part, Pipeline},
     signal,
-    weights::Weights,
+    weights::{Keep, Weights},
 };
 use serde::Deserialize;
 
@@ -128,7 +128,7 @@ struct Loaded {
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
 pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
-    let Source { pipeline, devices, .. } = source;
+    let Source { pipeline, devices, dtypes, .. } = source;
     let device = source.device();
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
@@ -143,15 +143,17 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     let tokenizer = Tokenizer::open(&pipeline.folder().join(&config.tokenizer))
         .map_err(|e| unloadable("the tokenizer")(e.into()))?;
     let encode = |text: &str| tokenizer.encode(text).map_err(|e| unloadable("the template")(e.into()));
-    let Loaded { connector, beside, queries, states, width } = load_connector(pipeline, part, &config.queries, device)?;
+    let Loaded { connector, beside, queries, states, width } =
+        load_connector(pipeline, part, &config.queries, device, dtypes.of_file(&part.name))?;
     let folder = pipeline.folder().join(&config.language_model);
-    let language = language::load(&folder, tokenizer.largest(), devices, config.thinking.is_some())?;
+    let language = language::load(&folder, tokenizer.largest(), devices, dtypes, config.thinking.is_some())?;
     if language.config().width != states {
         let message =
             format!("the connector reads {states} channels, the language model has {}", language.config().width);
         return Err(refused("connector.config.states", message));
     }
-    let eyes = config.pictures.clone().map(|pictures| Eyes::open(pictures, &folder, states, device)).transpose()?;
+    let eyes =
+        config.pictures.clone().map(|pictures| Eyes::open(pictures, &folder, states, device, dtypes)).transpose()?;
     let rows = match (&config.queries, beside) {
         (Queries::Embeddings, Some(rows)) => rows.unsqueeze(0)?,
         (Queries::Rows(name), _) => {
@@ -210,7 +212,13 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     }))
 }
 
-fn load_connector(pipeline: &Pipeline, part: &Part, queries: &Queries, device: &Device) -> Result<Loaded, EngineError> {
+fn load_connector(
+    pipeline: &Pipeline,
+    part: &Part,
+    queries: &Queries,
+    device: &Device,
+    keep: Keep,
+) -> Result<Loaded, EngineError> {
     let unloadable = unloadable("the connector");
     let path = pipeline.weights(part).map_err(|e| unloadable(e.into()))?;
     // A checkpoint may hold the whole model: the connector's tensors are read.
@@ -219,8 +227,8 @@ fn load_connector(pipeline: &Pipeline, part: &Part, queries: &Queries, device: &
         ["connector.", "projector.", "meta_queries"].iter().any(|part| name.starts_with(part))
     };
     let weights = match path.extension().is_some_and(|kind| kind == "pth" || kind == "pt" || kind == "bin") {
-        true => Weights::open_pth(&path, device, ours),
-        false => Weights::open_some(&[path], device, ours),
+        true => Weights::open_pth(&path, device, keep, ours),
+        false => Weights::open_some(&[path], device, keep, ours),
     };
     let mut weights = weights.map_err(|e| unloadable(e.into()))?;
     weights.rename(|name| name.strip_prefix("model.").unwrap_or(name).to_owned());

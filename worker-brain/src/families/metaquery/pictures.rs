@@ -11,7 +11,7 @@ use efferent_worker::{
         vision::{Config as VisionConfig, Seen, Stretch, Vision, patches::Preparation, places},
     },
     pipeline::{diffusers, read_json},
-    weights::Weights,
+    weights::{Dtypes, Weights},
 };
 use image::RgbImage;
 use serde::Deserialize;
@@ -65,7 +65,13 @@ impl Eyes {
     ///
     /// # Errors
     /// If a file cannot be read, is malformed, or is not of a model that sees as is known here.
-    pub(super) fn open(config: Config, folder: &Path, width: usize, device: &Device) -> Result<Self, EngineError> {
+    pub(super) fn open(
+        config: Config,
+        folder: &Path,
+        width: usize,
+        device: &Device,
+        dtypes: &Dtypes,
+    ) -> Result<Self, EngineError> {
         let unloadable = unloadable("what sees");
         let fields = read_json(&folder.join("config.json")).map_err(|e| unloadable(e.into()))?;
         let vision = VisionConfig::published(&fields).map_err(|e| unloadable(e.into()))?;
@@ -85,13 +91,15 @@ impl Eyes {
         if min_pixels > max_pixels || max_pixels < vision.multiple() * vision.multiple() {
             return Err(unloadable(format!("brain.config.pictures: {min_pixels} to {max_pixels} pixels").into()));
         }
+        let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let keep = dtypes.of(&name, &fields)?;
         let (files, variant) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
         if variant == diffusers::GGUF {
             return Err(unloadable("a GGUF file holds the language half alone; pictures need safetensors".into()));
         }
         let prefix = |name: &str| ["model.visual.", "visual."].into_iter().find(|prefix| name.starts_with(prefix));
-        let mut weights =
-            Weights::open_some(&files, device, |name| prefix(name).is_some()).map_err(|e| unloadable(e.into()))?;
+        let mut weights = Weights::open_some(&files, device, keep, |name| prefix(name).is_some())
+            .map_err(|e| unloadable(e.into()))?;
         weights.rename(|name| prefix(name).map_or(name, |prefix| &name[prefix.len()..]).to_owned());
         let vision = Vision::new(vision, &mut weights)?;
         weights.finish().map_err(|e| unloadable(e.into()))?;

@@ -6,7 +6,7 @@ use efferent_worker::{
         decoder::{Config, Decoder, Naming, RotaryPairs},
         ops::Activation,
     },
-    weights::{self, Gguf, Weights},
+    weights::{self, Gguf, Keep, Weights},
 };
 
 use crate::language::loading;
@@ -45,7 +45,7 @@ impl Language {
     ///
     /// # Errors
     /// If the file is malformed, of another architecture, or has fewer layers.
-    pub fn read(file: &Gguf, layer: usize, devices: &[Device]) -> Result<Self, Error> {
+    pub fn read(file: &Gguf, layer: usize, devices: &[Device], keep: Keep) -> Result<Self, Error> {
         let metadata = file.metadata();
         let bad = |key: &str, what: String| Error::Malformed { key: key.to_owned(), what };
         let field = |key: &str| metadata.get(key).ok_or_else(|| bad(key, "is missing".to_owned()));
@@ -94,7 +94,7 @@ impl Language {
             soft_cap: None,
             sliding_window: None,
         };
-        let mut weights = Weights::from_gguf(file, loading(devices), |name| Naming::Gguf.wants(name, layer))?;
+        let mut weights = Weights::from_gguf(file, loading(devices), keep, |name| Naming::Gguf.wants(name, layer))?;
         let decoder = Decoder::new(config, Naming::Gguf, &mut weights)?;
         weights.finish()?;
         let decoder = decoder.spread(devices)?;

@@ -57,7 +57,7 @@ struct SmolLm2 {
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
 pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
-    let Source { pipeline, weights, devices } = source;
+    let Source { pipeline, weights, devices, dtypes } = source;
     let device = source.device();
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
@@ -73,8 +73,9 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     };
     let file = Gguf::open(weights).map_err(|e| unloadable("the language model")(e.into()))?;
     let tokens = Tokens::read(&file).map_err(|e| unloadable("the tokenizer")(e.into()))?;
+    let keep = dtypes.of_file(&pipeline.brain().name);
     let language =
-        Language::read(&file, config.layer, devices).map_err(|e| unloadable("the language model")(e.into()))?;
+        Language::read(&file, config.layer, devices, keep).map_err(|e| unloadable("the language model")(e.into()))?;
     drop(file);
     if connector.states != language.width() {
         let message =
@@ -82,7 +83,8 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("connector.config.states").into());
     }
     let path = pipeline.weights(part).map_err(|e| unloadable("the connector")(e.into()))?;
-    let mut file = Weights::open_safetensors(&path, device).map_err(|e| unloadable("the connector")(e.into()))?;
+    let mut file = Weights::open_shards(&[path], device, dtypes.of_file(&part.name))
+        .map_err(|e| unloadable("the connector")(e.into()))?;
     let connector = Connector::new(connector, &mut file)?;
     file.finish().map_err(|e| unloadable("the connector")(e.into()))?;
     let sizes = connector.config();

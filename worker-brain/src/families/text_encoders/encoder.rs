@@ -12,7 +12,7 @@ use efferent_worker::{
         t5::{self, T5},
     },
     pipeline::{diffusers, read_json},
-    weights::Weights,
+    weights::{Dtypes, Weights},
 };
 use serde::Deserialize;
 
@@ -133,12 +133,20 @@ enum Network {
 
 impl Network {
     /// Reads configuration and weights of a folder. `largest`: the tokenizer's largest id.
-    fn load(folder: &Path, config: &Config, largest: usize, devices: &[Device]) -> Result<Self, EngineError> {
+    fn load(
+        folder: &Path,
+        config: &Config,
+        largest: usize,
+        devices: &[Device],
+        dtypes: &Dtypes,
+    ) -> Result<Self, EngineError> {
         let unloadable = unloadable(&config.folder);
         let path = folder.join("config.json");
         let open = || {
             let (files, _) = diffusers::weights(folder).map_err(|e| unloadable(e.into()))?;
-            Weights::open_shards(&files, devices.first().unwrap_or(&Device::Cpu)).map_err(|e| unloadable(e.into()))
+            let keep = dtypes.of(&config.folder, &read_json(&path).map_err(|e| unloadable(e.into()))?)?;
+            Weights::open_shards(&files, devices.first().unwrap_or(&Device::Cpu), keep)
+                .map_err(|e| unloadable(e.into()))
         };
         let check = |known: usize| language::check_vocabulary(&config.folder, known, largest);
         let (network, weights) = match config.kind {
@@ -161,7 +169,7 @@ impl Network {
                 let mut weights = open()?;
                 (T5::new(t5, &mut weights).map(Self::T5), weights)
             }
-            Kind::Decoder => return language::load(folder, largest, devices, false).map(Self::Decoder),
+            Kind::Decoder => return language::load(folder, largest, devices, dtypes, false).map(Self::Decoder),
         };
         let network = network.map_err(|e| unloadable(e.into()))?;
         weights.finish().map_err(|e| unloadable(e.into()))?;
@@ -182,7 +190,7 @@ impl Encoder {
     ///
     /// # Errors
     /// If a file cannot be read, is malformed, or is not of the encoder.
-    pub fn load(folder: &Path, config: &Config, devices: &[Device]) -> Result<Self, EngineError> {
+    pub fn load(folder: &Path, config: &Config, devices: &[Device], dtypes: &Dtypes) -> Result<Self, EngineError> {
         let Config { folder: part, tokenizer, max_tokens, cut, template, lower_case, .. } = config;
         let refused = |field: &str, message: String| -> EngineError {
             ApiError::new(ErrorCode::InvalidField, message).field(field).into()
@@ -198,7 +206,7 @@ impl Encoder {
             return Err(refused("brain.config.max_tokens", format!("a text of {max_tokens} tokens has no room")));
         }
         let tokenizer = Tokenizer::open(&folder.join(tokenizer)).map_err(|e| unloadable(part)(e.into()))?;
-        let network = Network::load(&folder.join(part), config, tokenizer.largest(), devices)?;
+        let network = Network::load(&folder.join(part), config, tokenizer.largest(), devices, dtypes)?;
         let instruction = Instruction::new(&config.instruction, &tokenizer)?;
         let (template, lower_case) = (template.clone(), *lower_case);
         Ok(Self { tokenizer, max_tokens: *max_tokens, cut: *cut, template, lower_case, instruction, network })

@@ -95,7 +95,7 @@ struct Meaning {
 /// # Errors
 /// If a file cannot be read, is malformed, or does not fit the manifest.
 pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
-    let Source { pipeline, devices, .. } = source;
+    let Source { pipeline, devices, dtypes, .. } = source;
     let config: Config =
         pipeline.config("brain", &pipeline.brain().config).map_err(|e| unloadable("the pipeline")(e.into()))?;
     let impossible = |what: &str| EngineError::from(ApiError::new(ErrorCode::InvalidField, what).field("brain.config"));
@@ -111,7 +111,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
         (0..=1, _) | (_, 1) => vec![devices],
         _ => devices.chunks(1).collect(),
     };
-    let load = |(part, devices)| Encoder::load(pipeline.folder(), part, devices);
+    let load = |(part, devices)| Encoder::load(pipeline.folder(), part, devices, dtypes);
     let encoders = config.encoders.iter().zip(each.into_iter().cycle()).map(load).collect::<Result<Vec<_>, _>>()?;
     let width = |group: &Vec<Read>| group.iter().map(|read| encoders[read.encoder].width()).sum::<usize>();
     let absent = config.zeros.map(|(_, width)| width);

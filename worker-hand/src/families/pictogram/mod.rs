@@ -114,8 +114,10 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineE
         return Err(ApiError::new(ErrorCode::InvalidField, message).field("offers").into());
     }
     let path = pipeline.weights(pipeline.hand()).map_err(|e| unloadable(e.into()))?;
+    let keep = setup.dtypes.of_file(&pipeline.hand().name);
     let parts = |device: &Device| {
-        let mut weights = Weights::open_safetensors(&path, device).map_err(|e| unloadable(e.into()))?;
+        let mut weights =
+            Weights::open_shards(std::slice::from_ref(&path), device, keep).map_err(|e| unloadable(e.into()))?;
         let (network, decoder) = (Network::new(&config, &mut weights)?, Decoder::new(&mut weights)?);
         weights.finish().map_err(|e| unloadable(e.into()))?;
         Ok::<_, EngineError>((network, decoder))

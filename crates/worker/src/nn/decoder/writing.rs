@@ -2,8 +2,11 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::{Decoder, Sight};
+use super::{super::half, Decoder, Sight};
 use crate::weights::Weights;
+
+/// Tokens that are weighed at once.
+const HEAD_ROWS: usize = 8192;
 
 /// Keys and values of what a decoder has read of one sequence.
 #[derive(Debug)]
@@ -29,7 +32,7 @@ impl Decoder {
     /// Never on weights of that shape.
     pub fn with_head(mut self, weights: &mut Weights, name: &str) -> Self {
         let shape = [self.config.vocabulary, self.config.width];
-        self.head = weights.contains(name).then(|| weights.get(name, &shape));
+        self.head = weights.contains(name).then(|| weights.matrix(name, &shape));
         self
     }
 
@@ -60,7 +63,12 @@ impl Decoder {
         let (_, tokens, width) = states.dims3()?;
         let last = self.final_norm(&states.narrow(1, tokens - 1, 1)?.contiguous()?)?.reshape((1, width))?;
         let head = self.head.as_ref().unwrap_or(&self.embedding);
-        last.matmul(&head.t()?)?.argmax(D::Minus1)?.squeeze(0)?.to_scalar()
+        // Piece by piece: in half precision a piece is made f32 where there is no arithmetic for it.
+        let pieces = (0..self.config.vocabulary).step_by(HEAD_ROWS).map(|start| {
+            let rows = HEAD_ROWS.min(self.config.vocabulary - start);
+            half::matmul(&last, &half::operand(&head.narrow(0, start, rows)?)?.t()?)
+        });
+        Tensor::cat(&pieces.collect::<Result<Vec<_>>>()?, 1)?.argmax(D::Minus1)?.squeeze(0)?.to_scalar()
     }
 
     /// Writes on after what stands in a sequence, the likeliest token each time, until one of `until`, which is left out, or `most` are written.
