@@ -1,26 +1,25 @@
 //! `x W` for few rows.
 //!
 //! A general product of matrices first copies W into the order in which it reads it. With the rows of one prompt or one small picture that takes
-//! longer than the product. Here W is read as it lies, outputs side by side: a tile of rows and outputs is kept in registers while it runs
-//! through the inputs. Each value is a sum in the order of the inputs, whatever other rows there are.
+//! longer than the product. Here W is read as it lies, outputs side by side, by tiles in registers. Each value is a sum in the order of the inputs,
+//! whatever other rows there are.
 
 use std::ops::Range;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
-use pulp::{Arch, Simd, WithSimd};
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
     half::{self, Values},
     ops::{is_ours, slice},
+    tile::{Columns, WIDEST},
 };
 
 /// Most rows for which it is the quicker way. Up to as many, a row's values do not depend on the others.
 pub const MAX_ROWS: usize = 160;
 /// Multiplications that one task of the thread pool does at least.
 const GRAIN: usize = 512 * 1024;
-/// Outputs of the widest tile on the widest vectors.
-const WIDEST: usize = 64;
 
 /// x (rows, inputs), weight (inputs, outputs), perhaps in half precision -> (rows, outputs)
 ///
@@ -50,17 +49,23 @@ impl CustomOp2 for Product {
             (0..outputs).step_by(grain).map(|start| start..(start + grain).min(outputs)).collect();
         let columns: Vec<Vec<f32>> = parts
             .par_iter()
-            .map(|part| match w {
-                Values::F32(w) => Arch::new().dispatch(Columns { x, w, inputs, outputs, part: part.clone() }),
-                _ => {
-                    // Their columns, in f32.
-                    let mut columns = vec![0f32; inputs * part.len()];
-                    for (input, columns) in columns.chunks_exact_mut(part.len()).enumerate() {
-                        w.widen(input * outputs + part.start, columns);
+            .map(|part| {
+                let width = part.len();
+                let mut wide = Vec::new();
+                let (w, w_stride) = match w {
+                    Values::F32(w) => (w.get(part.start..).unwrap_or_default(), outputs),
+                    _ => {
+                        // Their columns, in f32.
+                        wide.resize(inputs * width, 0.0);
+                        for (input, columns) in wide.chunks_exact_mut(width).enumerate() {
+                            w.widen(input * outputs + part.start, columns);
+                        }
+                        (&*wide, width)
                     }
-                    let part = 0..part.len();
-                    Arch::new().dispatch(Columns { x, w: &columns, inputs, outputs: part.len(), part })
-                }
+                };
+                let mut y = vec![0f32; rows * width];
+                Arch::new().dispatch(Columns { x, inputs, w, w_stride, width, y: &mut y, y_stride: width });
+                y
             })
             .collect();
         let mut y = vec![0f32; rows * outputs];
@@ -71,115 +76,6 @@ impl CustomOp2 for Product {
             }
         }
         Ok((CpuStorage::F32(y), (rows, outputs).into()))
-    }
-}
-
-/// Some outputs of all rows: (rows, part)
-struct Columns<'a> {
-    x: &'a [f32],
-    w: &'a [f32],
-    inputs: usize,
-    outputs: usize,
-    part: Range<usize>,
-}
-
-impl WithSimd for Columns<'_> {
-    type Output = Vec<f32>;
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
-        let Self { x, inputs, ref part, .. } = self;
-        let (rows, width) = (x.len() / inputs.max(1), part.len());
-        let mut y = vec![0f32; rows * width];
-        // Tiles as large as fit into the registers: of 32 vectors 6 x 4, of 16 vectors 6 x 2.
-        let widest = if S::REGISTER_COUNT >= 32 { 4 } else { 2 };
-        let mut at = 0;
-        while at < width {
-            let vectors = ((width - at) / S::F32_LANES).min(widest);
-            let mut row = 0;
-            while row < rows {
-                row += match vectors {
-                    4 => self.some_rows::<S, 4>(simd, row, rows - row, at, &mut y),
-                    2 | 3 => self.some_rows::<S, 2>(simd, row, rows - row, at, &mut y),
-                    1 => self.some_rows::<S, 1>(simd, row, rows - row, at, &mut y),
-                    _ => self.rest(row, at, &mut y),
-                };
-            }
-            at += match vectors {
-                0 => width - at,
-                3 => 2 * S::F32_LANES,
-                vectors => vectors * S::F32_LANES,
-            };
-        }
-        y
-    }
-}
-
-impl Columns<'_> {
-    /// As many of the `left` rows as fit into a tile. Returns how many.
-    #[inline(always)]
-    fn some_rows<S: Simd, const VECTORS: usize>(
-        &self,
-        simd: S,
-        row: usize,
-        left: usize,
-        at: usize,
-        y: &mut [f32],
-    ) -> usize {
-        match left {
-            6.. => self.tile::<S, 6, VECTORS>(simd, row, at, y),
-            4.. => self.tile::<S, 4, VECTORS>(simd, row, at, y),
-            2.. => self.tile::<S, 2, VECTORS>(simd, row, at, y),
-            _ => self.tile::<S, 1, VECTORS>(simd, row, at, y),
-        }
-    }
-
-    /// `ROWS` rows of `VECTORS` vectors of outputs, from `row` and output `at` of the part on. Returns `ROWS`.
-    #[inline(always)]
-    fn tile<S: Simd, const ROWS: usize, const VECTORS: usize>(
-        &self,
-        simd: S,
-        row: usize,
-        at: usize,
-        y: &mut [f32],
-    ) -> usize {
-        let length = VECTORS * S::F32_LANES;
-        let mut x = [&[][..]; ROWS];
-        for (r, x) in x.iter_mut().enumerate() {
-            *x = &self.x[(row + r) * self.inputs..][..self.inputs];
-        }
-        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
-        let mut weights = &self.w[self.part.start + at..];
-        for input in 0..self.inputs {
-            let (vectors, _) = S::as_simd_f32s(&weights[..length]);
-            let mut w = [simd.splat_f32s(0.0); VECTORS];
-            w.copy_from_slice(vectors);
-            for r in 0..ROWS {
-                let x = simd.splat_f32s(x[r][input]);
-                for v in 0..VECTORS {
-                    sums[r][v] = simd.mul_add_f32s(x, w[v], sums[r][v]);
-                }
-            }
-            weights = weights.get(self.outputs..).unwrap_or_default();
-        }
-        let width = self.part.len();
-        for (r, sums) in sums.iter().enumerate() {
-            let (to, _) = S::as_mut_simd_f32s(&mut y[(row + r) * width + at..][..length]);
-            to.copy_from_slice(sums);
-        }
-        ROWS
-    }
-
-    /// What is left of a row's outputs, from `at` of the part on, when no vector is full. Returns 1.
-    fn rest(&self, row: usize, at: usize, y: &mut [f32]) -> usize {
-        let width = self.part.len();
-        for (input, x) in self.x[row * self.inputs..][..self.inputs].iter().enumerate() {
-            let w = &self.w[input * self.outputs..][self.part.start + at..self.part.end];
-            for (y, w) in y[row * width + at..(row + 1) * width].iter_mut().zip(w) {
-                *y = x.mul_add(*w, *y);
-            }
-        }
-        1
     }
 }
 
