@@ -70,7 +70,7 @@ pub struct Options {
     /// How long a stop takes at most; what is not done shortly before goes back to the queue, with a checkpoint. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
-    /// Pictures of more pixels are decoded in tiles, where the model does so; 0 for those alone that memory does not suffice for. Default 0.
+    /// Pictures of more pixels are decoded and encoded in tiles, where the model does so; 0 for those alone that memory does not suffice for. Default 0.
     pub tile_above: u64,
     /// Where times of steps are kept; empty for nowhere.
     pub profile: PathBuf,

@@ -36,15 +36,21 @@ fn every_kind_agrees_with_diffusers() {
         let side = 16 / factor;
         let tiled = [("wide", side, 2 * side + 1), ("large", 2 * side - 1, side + 3)].map(|(key, rows, columns)| {
             let latent = get(&format!("{key}.latent"), [1, channels, rows, columns]);
-            (key, latent, get(&format!("{key}.picture"), [1, 3, rows * factor, columns * factor]))
+            let picture = get(&format!("{key}.picture"), [1, 3, rows * factor, columns * factor]);
+            let moments = ["mean", "logvar"].map(|part| get(&format!("{key}.{part}"), [1, channels, rows, columns]));
+            (key, latent, picture, moments)
         });
         golden.finish().unwrap();
-        for (key, latent, picture) in tiled {
+        let parts = |moments: &Tensor| [0, channels].map(|start| moments.narrow(3, start, channels).unwrap());
+        for (key, latent, picture, [mean, logvar]) in tiled {
             let got = tiles::decode(&network, &latent, network.tiles()).unwrap();
-            let error = difference(&got, &picture);
-            assert!(error < TOLERANCE, "{name}, {key}, in tiles: {error}");
+            let [got_mean, got_logvar] = parts(&tiles::moments(&network, &picture, network.tiles()).unwrap());
+            for (got, wanted) in [(got, &picture), (got_mean, &mean), (got_logvar, &logvar)] {
+                let error = difference(&got, wanted);
+                assert!(error < TOLERANCE, "{name}, {key}, in tiles: {error}");
+            }
         }
-        let (got_mean, got_logvar) = network.moments(&x).unwrap();
+        let [got_mean, got_logvar] = parts(&network.moments(&x).unwrap());
         let got = network.decode(&latent).unwrap();
         for (what, got, wanted) in
             [("mean", &got_mean, &mean), ("variance", &got_logvar, &logvar), ("picture", &got, &picture)]
@@ -54,7 +60,11 @@ fn every_kind_agrees_with_diffusers() {
         }
         for i in 0..3 {
             let row = |x: &Tensor| x.narrow(0, i, 1).unwrap();
-            assert_eq!(difference(&network.moments(&row(&x)).unwrap().0, &row(&got_mean)), 0.0, "{name}: {i} alone");
+            assert_eq!(
+                difference(&parts(&network.moments(&row(&x)).unwrap())[0], &row(&got_mean)),
+                0.0,
+                "{name}: {i} alone"
+            );
             assert_eq!(difference(&network.decode(&row(&latent)).unwrap(), &row(&got)), 0.0, "{name}: {i} alone");
         }
         let back = network.unscale(&network.scale(&latent).unwrap()).unwrap();

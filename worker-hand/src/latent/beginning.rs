@@ -4,13 +4,10 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use efferent_proto::{ApiError, v1::ErrorCode};
-use efferent_worker::{
-    engine::{EngineError, Picture, RenderRequest},
-    nn::rows::on_pool,
-};
+use efferent_worker::engine::{EngineError, Picture, RenderRequest};
 use image::GrayImage;
 
-use super::{Engine, Network, Shape};
+use super::{Engine, Network, Shape, tiles};
 use crate::{
     noise::Noise,
     samplers::{Beginning, Plan, Trajectory},
@@ -90,7 +87,12 @@ impl<N: Network> Engine<N> {
         let vae = self.network.autoencoder();
         let factor = vae.factor();
         let pixels = Tensor::from_vec(pixels, (1, height * factor, width * factor, 3), &self.device)?;
-        let encoded = on_pool(|| vae.encode(&pixels))?;
+        let moments = self.whole_or_tiled(
+            (height, width),
+            || vae.moments(&pixels),
+            || tiles::moments(vae, &pixels, vae.tiles()),
+        )?;
+        let encoded = vae.encoded(&moments)?;
         let values = |map: &Tensor| map.permute((0, 3, 1, 2))?.flatten_all()?.to_vec1::<f32>();
         let mut latent = values(&encoded.mean)?;
         if let Some(deviation) = &encoded.deviation {

@@ -140,7 +140,7 @@ struct Engine<N> {
     device: Device,
     /// The network once more, on another device, for the branch without the prompt.
     second: Option<(N, Device)>,
-    /// Pixels of a picture above which it is decoded in tiles, if there is such a limit.
+    /// Pixels of a picture above which it is decoded and encoded in tiles, if there is such a limit.
     tile_above: Option<u64>,
 }
 
@@ -442,6 +442,28 @@ impl<N: Network> Engine<N> {
         self.evaluate(&mut rest).map(drop)
     }
 
+    /// What the autoencoder makes at once, or tile by tile where a picture of so many cells is larger than is asked for, or than memory suffices for.
+    fn whole_or_tiled(
+        &self,
+        (height, width): (usize, usize),
+        whole: impl Fn() -> candle_core::Result<Tensor> + Send + Sync,
+        tiled: impl Fn() -> candle_core::Result<Tensor> + Send + Sync,
+    ) -> Result<Tensor, EngineError> {
+        let vae = self.network.autoencoder();
+        let pixels = (height * width * vae.factor() * vae.factor()) as u64;
+        let large = tiles::is_large(vae.tiles(), height, width);
+        if large && self.tile_above.is_some_and(|most| pixels > most) {
+            return Ok(on_pool(tiled)?);
+        }
+        match on_pool(whole).map_err(EngineError::from) {
+            Err(EngineError::OutOfMemory(message)) if large => {
+                tracing::warn!(message, pixels, "too little memory for a picture as a whole; it is made in tiles");
+                Ok(on_pool(tiled)?)
+            }
+            made => made,
+        }
+    }
+
     fn decode(&self, latent: &[f32], shape: Shape) -> Result<RgbImage, EngineError> {
         if latent.iter().any(|value| !value.is_finite()) {
             return Err(EngineError::Crashed("the latent is not finite".to_owned()));
@@ -450,23 +472,8 @@ impl<N: Network> Engine<N> {
         let latent = Tensor::from_slice(latent, (1, channels, height, width), &self.device)?;
         let vae = self.network.autoencoder();
         let latent = vae.unscale(&latent.permute((0, 2, 3, 1))?.contiguous()?)?;
-        let pixels = (height * width * vae.factor() * vae.factor()) as u64;
-        let tiled = || on_pool(|| tiles::decode(vae, &latent, vae.tiles())).map_err(EngineError::from);
-        let picture = match tiles::is_large(vae.tiles(), height, width) {
-            true if self.tile_above.is_some_and(|most| pixels > most) => tiled()?,
-            large => match on_pool(|| vae.decode(&latent)).map_err(EngineError::from) {
-                Err(EngineError::OutOfMemory(message)) if large => {
-                    tracing::warn!(
-                        message,
-                        width,
-                        height,
-                        "too little memory to decode a picture whole; it is decoded in tiles"
-                    );
-                    tiled()?
-                }
-                decoded => decoded?,
-            },
-        };
+        let picture =
+            self.whole_or_tiled((height, width), || vae.decode(&latent), || tiles::decode(vae, &latent, vae.tiles()))?;
         let (_, height, width, _) = picture.dims4()?;
         let values: Vec<f32> = picture.flatten_all()?.to_vec1()?;
         let bytes = values.iter().map(|v| ((v * 0.5 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8).collect();

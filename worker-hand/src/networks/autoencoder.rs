@@ -290,29 +290,6 @@ impl Autoencoder {
     pub fn config(&self) -> &Config {
         &self.config
     }
-
-    /// Pictures (batch, height, width, channels) in [-1, 1] -> what latents are likely: their mean and the logarithm of their variance, in [-30, 20], each
-    /// (batch, height / factor, width / factor, latent), not scaled.
-    ///
-    /// # Errors
-    /// If shapes do not fit.
-    pub fn moments(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
-        let mut x = self.encoder.input.forward(x)?;
-        for (blocks, sampler) in &self.encoder.levels {
-            for block in blocks {
-                x = block.forward(&x, None)?;
-            }
-            if let Some(sampler) = sampler {
-                x = sampler.forward(&x)?;
-            }
-        }
-        x = self.encoder.finish(&self.encoder.middle.forward(&x)?)?;
-        if let Some(map) = &self.to_latent {
-            x = map.forward(&x)?;
-        }
-        let half = self.config.latent_channels;
-        Ok((x.narrow(D::Minus1, 0, half)?, x.narrow(D::Minus1, half, half)?.clamp(-30f32, 20f32)?))
-    }
 }
 
 impl LatentSpace for Autoencoder {
@@ -351,9 +328,28 @@ impl LatentSpace for Autoencoder {
         Tiles { side, stride: side * 3 / 4 }
     }
 
-    fn encode(&self, picture: &Tensor) -> Result<Encoded> {
-        let (mean, log_variance) = self.moments(picture)?;
-        Ok(Encoded { mean, deviation: Some((log_variance * 0.5)?.exp()?) })
+    fn moments(&self, picture: &Tensor) -> Result<Tensor> {
+        let mut x = self.encoder.input.forward(picture)?;
+        for (blocks, sampler) in &self.encoder.levels {
+            for block in blocks {
+                x = block.forward(&x, None)?;
+            }
+            if let Some(sampler) = sampler {
+                x = sampler.forward(&x)?;
+            }
+        }
+        x = self.encoder.finish(&self.encoder.middle.forward(&x)?)?;
+        match &self.to_latent {
+            Some(map) => map.forward(&x),
+            None => Ok(x),
+        }
+    }
+
+    /// Means, and logarithms of variances, one after the other.
+    fn encoded(&self, moments: &Tensor) -> Result<Encoded> {
+        let channels = self.config.latent_channels;
+        let log_variance = moments.narrow(D::Minus1, channels, channels)?.clamp(-30f32, 20f32)?;
+        Ok(Encoded { mean: moments.narrow(D::Minus1, 0, channels)?, deviation: Some((log_variance * 0.5)?.exp()?) })
     }
 
     fn scale(&self, latent: &Tensor) -> Result<Tensor> {

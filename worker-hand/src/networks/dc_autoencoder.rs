@@ -517,7 +517,7 @@ impl LatentSpace for DcAutoencoder {
         Tiles { side: (side / self.factor()).max(2), stride: (stride / self.factor()).max(1) }
     }
 
-    fn encode(&self, picture: &Tensor) -> Result<Encoded> {
+    fn moments(&self, picture: &Tensor) -> Result<Tensor> {
         let mut x = self.input.forward(picture)?;
         for (blocks, down) in &self.encoder {
             for block in blocks {
@@ -528,11 +528,15 @@ impl LatentSpace for DcAutoencoder {
             }
         }
         let latent = self.to_latent.forward(&x)?;
-        let mean = match self.config.encoder_out_shortcut {
-            true => (latent + averaged(&x, x.dim(3)? / self.config.latent_channels)?)?,
-            false => latent,
-        };
-        Ok(Encoded { mean, deviation: None })
+        match self.config.encoder_out_shortcut {
+            true => latent + averaged(&x, x.dim(3)? / self.config.latent_channels)?,
+            false => Ok(latent),
+        }
+    }
+
+    /// Latents themselves.
+    fn encoded(&self, moments: &Tensor) -> Result<Encoded> {
+        Ok(Encoded { mean: moments.clone(), deviation: None })
     }
 
     fn decode(&self, latent: &Tensor) -> Result<Tensor> {

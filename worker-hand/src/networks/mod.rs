@@ -40,14 +40,20 @@ pub trait LatentSpace: Send + Sync + std::fmt::Debug {
     /// If shapes do not fit.
     fn decode(&self, latent: &Tensor) -> Result<Tensor>;
 
-    /// How its latents are cut where one is too large to be decoded whole.
+    /// How its latents, and pictures by as many pixels, are cut where one is too large to be computed whole.
     fn tiles(&self) -> Tiles;
 
-    /// Pictures (batch, height, width, 3) in [-1, 1] -> latents, not scaled.
+    /// Pictures (batch, height, width, 3) in [-1, 1] -> what is told of latents, not scaled, (batch, height / factor, width / factor, ..) for [`LatentSpace::encoded`].
     ///
     /// # Errors
     /// If shapes do not fit.
-    fn encode(&self, picture: &Tensor) -> Result<Encoded>;
+    fn moments(&self, picture: &Tensor) -> Result<Tensor>;
+
+    /// What is told of latents as such.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    fn encoded(&self, moments: &Tensor) -> Result<Encoded>;
 
     /// Latents as a denoiser has them.
     ///

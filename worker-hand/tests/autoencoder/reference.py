@@ -39,7 +39,10 @@ def main():
         side = 16 // 2 ** (len(config["block_out_channels"]) - 1)
         for key, (rows, columns) in {"wide": (side, 2 * side + 1), "large": (2 * side - 1, side + 3)}.items():
             golden[f"{key}.latent"] = torch.randn(1, config["latent_channels"], rows, columns)
-            golden[f"{key}.picture"] = model.decode(golden[f"{key}.latent"]).sample
+            picture = golden[f"{key}.picture"] = model.decode(golden[f"{key}.latent"]).sample
+            # And back from that picture.
+            likely = model.encode(picture).latent_dist
+            golden |= {f"{key}.mean": likely.mean, f"{key}.logvar": likely.logvar}
         model.disable_tiling()
         folder = Path(__file__).parent / name
         model.save_pretrained(folder)

@@ -40,6 +40,8 @@ def main():
         side = 16 // model.spatial_compression_ratio
         golden["large.latent"] = torch.randn(1, 4, 2 * side - 1, side + 1)
         golden["large.picture"] = model.decode(golden["large.latent"]).sample
+        # And back from that picture.
+        golden["large.encoded"] = model.encode(golden["large.picture"]).latent
         folder = Path(__file__).parent / name
         model.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in golden.items()}, folder / "golden.safetensors")
