@@ -85,6 +85,7 @@ def main():
     parser.add_argument("names", nargs="*", help=f"which, of {', '.join(CASES)}; all if none is given")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each")
     parser.add_argument("--runs", type=int, default=5, help="runs a turn")
+    parser.add_argument("--dtype", default="f32", choices=["f32", "f16", "bf16"], help="what ours keeps matrices as; PyTorch computes in f32")
     parser.add_argument("--reference", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.reference:
@@ -99,7 +100,7 @@ def main():
             call = lambda command: json.loads(subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
             for _ in range(options.rounds):
                 theirs.append(call([sys.executable, __file__, name, "--runs", options.runs, "--reference", folder]))
-                ours.append(call([PROGRAM, kind, folder, options.runs]))
+                ours.append(call([PROGRAM, kind, folder, options.runs, options.dtype]))
             got, wanted = (load_file(folder / f"{file}.safetensors")["output"] for file in ("output", "wanted"))
             difference = min(abs(got - wanted).max(), abs(got + wanted).max() if kind == "z-image" else float("inf")) / max(1.0, abs(wanted).max())
         median = lambda found: statistics.median(t for turn in found for t in turn["times"])

@@ -1,4 +1,4 @@
-//! Times a network on real dimensions: `network_speed KIND FOLDER RUNS` for `tests/peers/networks.py`, which makes the folder and measures PyTorch beside it.
+//! Times a network on real dimensions: `network_speed KIND FOLDER RUNS DTYPE` (what its matrices are kept as) for `tests/peers/networks.py`, which makes the folder and measures PyTorch beside it.
 //!
 //! Reads `config.json`, `weights.safetensors` and `input.safetensors`; writes `output.safetensors`; prints the milliseconds of each run, and the most memory
 //! that the process had (MB).
@@ -13,7 +13,7 @@ use efferent_hand::networks::{
 };
 use efferent_worker::{
     nn::decoder::{Config, Decoder, Naming},
-    weights::Weights,
+    weights::{Dtype, Weights},
 };
 use serde::de::DeserializeOwned;
 
@@ -22,9 +22,11 @@ type Run = Box<dyn Fn() -> Result<Tensor>>;
 
 fn main() -> std::result::Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().collect();
-    let [_, kind, folder, runs] = &arguments[..] else { return Err("network_speed KIND FOLDER RUNS".into()) };
+    let [_, kind, folder, runs, dtype] = &arguments[..] else {
+        return Err("network_speed KIND FOLDER RUNS DTYPE".into());
+    };
     let folder = Path::new(folder);
-    let run = load(kind, folder)?;
+    let run = load(kind, folder, dtype.parse::<Dtype>()?)?;
     let mut times = Vec::new();
     let mut output = run()?;
     for _ in 0..runs.parse::<usize>()? {
@@ -53,11 +55,11 @@ fn first(x: &Tensor) -> Result<Tensor> {
     x.permute((0, 3, 1, 2))?.contiguous()
 }
 
-fn load(kind: &str, folder: &Path) -> std::result::Result<Run, Failure> {
+fn load(kind: &str, folder: &Path, dtype: Dtype) -> std::result::Result<Run, Failure> {
     let device = Device::Cpu;
     let inputs = candle_core::safetensors::load(folder.join("input.safetensors"), &device)?;
     let input = |name: &str| inputs.get(name).cloned().ok_or_else(|| format!("no {name}"));
-    let mut weights = Weights::open_safetensors(&folder.join("weights.safetensors"), &device)?;
+    let mut weights = Weights::open_shards(&[folder.join("weights.safetensors")], &device, dtype.into())?;
     let run: Run = match kind {
         "unet" => {
             let network = Unet::new(config(folder)?, &mut weights)?;
