@@ -10,7 +10,10 @@ use std::{
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
-use safetensors::{Dtype, tensor::Metadata};
+use safetensors::{
+    Dtype,
+    tensor::{Metadata, TensorInfo},
+};
 
 use super::{Error, Keep, check_size};
 
@@ -151,45 +154,72 @@ pub(super) fn read(
 ) -> Result<BTreeMap<String, Tensor>, Error> {
     let header = Header::read(path)?;
     let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
-    let tensors: Vec<_> = header.tensors().filter(|(name, _)| wanted(name)).collect();
-    let one = |(name, info): (String, safetensors::tensor::TensorInfo)| {
-        let (begin, end) = info.data_offsets;
-        let bytes = part(path, header.start + begin as u64, end - begin)
-            .map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    let one = |(name, info, mut values): (String, TensorInfo, Values)| {
+        let from = header.start + info.data_offsets.0 as u64;
+        let bytes = values.bytes();
+        read_part(path, from, bytes).map_err(|source| Error::Read { path: path.to_owned(), source })?;
         super::READ.fetch_add(bytes.len() as u64, super::Relaxed);
-        let tensor = tensor(info.dtype, bytes, &info.shape).ok_or_else(|| {
-            malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", info.dtype))
-        })?;
-        let tensor = tensor.and_then(|tensor| super::kept(&tensor, keep, device));
+        let tensor = values.tensor(&info.shape).and_then(|tensor| super::kept(&tensor, keep, device));
         Ok((name.clone(), tensor.map_err(|error| malformed(format!("tensor {name} {error}")))?))
     };
-    tensors.into_par_iter().map(one).collect()
+    // Room is made by one thread: an allocator may keep what each thread frees for that thread, and whoever takes these tensors turns many into others of their size.
+    let room = |(name, info): (String, TensorInfo)| {
+        let values = Values::zeros(info.dtype, info.data_offsets.1 - info.data_offsets.0).ok_or_else(|| {
+            malformed(format!("tensor {name} is of type {:?}; f32, f16 and bf16 are read", info.dtype))
+        })?;
+        Ok((name, info, values))
+    };
+    let rooms = header.tensors().filter(|(name, _)| wanted(name)).map(room).collect::<Result<Vec<_>, Error>>()?;
+    rooms.into_par_iter().map(one).collect()
 }
 
-fn part(path: &Path, from: u64, length: usize) -> std::io::Result<Vec<u8>> {
+fn read_part(path: &Path, from: u64, to: &mut [u8]) -> std::io::Result<()> {
     let mut file = File::open(path)?;
     file.seek(SeekFrom::Start(from))?;
-    let mut bytes = vec![0; length];
-    file.read_exact(&mut bytes)?;
-    Ok(bytes)
+    file.read_exact(to)
 }
 
-/// Little-endian values of a float type; `None` for other types.
-fn tensor(dtype: Dtype, data: Vec<u8>, shape: &[usize]) -> Option<candle_core::Result<Tensor>> {
-    let halves = data.as_chunks::<2>().0;
-    Some(match dtype {
-        Dtype::F32 => {
-            let values: Vec<f32> = data.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-            Tensor::from_vec(values, shape, &Device::Cpu)
+/// Values of a tensor in the type that they are stored as.
+enum Values {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Values {
+    /// So many bytes of them; `None` for types that are not read.
+    fn zeros(dtype: Dtype, bytes: usize) -> Option<Self> {
+        Some(match dtype {
+            Dtype::F32 => Self::F32(bytemuck::zeroed_vec(bytes / 4)),
+            Dtype::F16 => Self::F16(bytemuck::zeroed_vec(bytes / 2)),
+            Dtype::BF16 => Self::Bf16(bytemuck::zeroed_vec(bytes / 2)),
+            _ => return None,
+        })
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        match self {
+            Self::F32(values) => bytemuck::cast_slice_mut(values),
+            Self::F16(values) => bytemuck::cast_slice_mut(values),
+            Self::Bf16(values) => bytemuck::cast_slice_mut(values),
         }
-        Dtype::F16 => {
-            let values: Vec<f16> = halves.iter().map(|b| f16::from_le_bytes(*b)).collect();
-            Tensor::from_vec(values, shape, &Device::Cpu)
+    }
+
+    /// From the bytes of a file, which are little-endian.
+    fn tensor(self, shape: &[usize]) -> candle_core::Result<Tensor> {
+        match self {
+            Self::F32(mut values) => {
+                values.iter_mut().for_each(|value| *value = f32::from_bits(u32::from_le(value.to_bits())));
+                Tensor::from_vec(values, shape, &Device::Cpu)
+            }
+            Self::F16(mut values) => {
+                values.iter_mut().for_each(|value| *value = f16::from_bits(u16::from_le(value.to_bits())));
+                Tensor::from_vec(values, shape, &Device::Cpu)
+            }
+            Self::Bf16(mut values) => {
+                values.iter_mut().for_each(|value| *value = bf16::from_bits(u16::from_le(value.to_bits())));
+                Tensor::from_vec(values, shape, &Device::Cpu)
+            }
         }
-        Dtype::BF16 => {
-            let values: Vec<bf16> = halves.iter().map(|b| bf16::from_le_bytes(*b)).collect();
-            Tensor::from_vec(values, shape, &Device::Cpu)
-        }
-        _ => return None,
-    })
+    }
 }
