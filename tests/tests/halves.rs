@@ -5,8 +5,9 @@
 use std::process::Command;
 
 use candle_core::DType;
+use efferent_proto::v1::Size;
 use efferent_tests::{
-    checkpoints::{Engines, NEGATIVE, PROMPTS, copied, difference, embed, folder, kept_as, to_dtype},
+    checkpoints::{Engines, Golden, NEGATIVE, PROMPTS, copied, difference, embed, folder, kept_as, to_dtype},
     processes::efferent,
 };
 use efferent_worker::{engine::RenderRequest, pipeline::Pipeline};
@@ -24,14 +25,14 @@ const CHECKPOINTS: [(&str, f32); 8] = [
 ];
 
 /// All values of a control signal, of the latent after two steps, and of the picture.
-fn computed((mut brain, mut hand): Engines, guidance_scale: f32) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
+fn computed((mut brain, mut hand): Engines, size: Size, guidance_scale: f32) -> (Vec<u8>, Vec<f32>, Vec<u8>) {
     let negatives = brain.spec().model.negative_prompt;
     let signal = embed(&mut *brain, PROMPTS[1], if negatives { NEGATIVE } else { "" });
     let states = signal.streams.iter().flat_map(|stream| stream.values.to_vec()).collect();
     let model = &hand.spec().model;
     let request = RenderRequest {
         signal,
-        size: model.sizes[0],
+        size,
         steps: 2,
         guidance_scale,
         seed: 7,
@@ -53,20 +54,22 @@ fn computed((mut brain, mut hand): Engines, guidance_scale: f32) -> (Vec<u8>, Ve
 #[test]
 fn halves_give_what_f32_gives_with_their_values() {
     for (name, guidance) in CHECKPOINTS {
-        let whole = computed(kept_as(&Pipeline::open(&folder(name)).unwrap(), "auto").unwrap(), guidance);
-        for (dtype, asked, apart) in [(DType::BF16, "bf16", 0.2), (DType::F16, "f16", 0.02)] {
+        let size = Golden::open(name).size("0.guided.image");
+        let computed = |pipeline: &Pipeline, dtypes: &str| computed(kept_as(pipeline, dtypes).unwrap(), size, guidance);
+        let whole = computed(&Pipeline::open(&folder(name)).unwrap(), "auto");
+        for (dtype, asked, apart) in [(DType::BF16, "bf16", 0.5), (DType::F16, "f16", 0.05)] {
             let root = copied(name);
             to_dtype(root.path(), dtype);
             let pipeline = Pipeline::open(root.path()).unwrap();
-            let wide = computed(kept_as(&pipeline, "f32").unwrap(), guidance);
+            let wide = computed(&pipeline, "f32");
             // As they are stored; and made so as they are read.
-            let stored = computed(kept_as(&pipeline, "auto").unwrap(), guidance);
+            let stored = computed(&pipeline, "auto");
             assert!(stored == wide, "{name}: {asked} as stored is not what f32 gives");
             // Parts that f16 is not for would stay as they are.
             if dtype == DType::BF16 {
                 let original = Pipeline::open(&folder(name)).unwrap();
                 let connector = original.connector().map(|part| format!(",{}=f32", part.name)).unwrap_or_default();
-                let made = computed(kept_as(&original, &format!("{asked}{connector}")).unwrap(), guidance);
+                let made = computed(&original, &format!("{asked}{connector}"));
                 assert!(made == wide, "{name}: {asked} made of f32 is not what f32 gives");
             }
             // And the rounding is there (some are stored in f16), and small.
