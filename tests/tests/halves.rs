@@ -57,7 +57,7 @@ fn halves_give_what_f32_gives_with_their_values() {
         let size = Golden::open(name).size("0.guided.image");
         let computed = |pipeline: &Pipeline, dtypes: &str| computed(kept_as(pipeline, dtypes).unwrap(), size, guidance);
         let whole = computed(&Pipeline::open(&folder(name)).unwrap(), "auto");
-        for (dtype, asked, apart) in [(DType::BF16, "bf16", 0.5), (DType::F16, "f16", 0.05)] {
+        for (dtype, asked, apart) in [(DType::BF16, "bf16", 0.3), (DType::F16, "f16", 0.02)] {
             let root = copied(name);
             to_dtype(root.path(), dtype);
             let pipeline = Pipeline::open(root.path()).unwrap();
