@@ -23,7 +23,7 @@ impl<K: Eq + Hash + Sync + Send, E: Send> Encoded<K, E> {
     pub(crate) fn get(&self, text: &K) -> Result<&E, EngineError> {
         match self.0.get(text) {
             Some(Ok(encoded)) => Ok(encoded),
-            Some(Err(error)) => Err(EngineError::compute("a text cannot be encoded", error.to_string())),
+            Some(Err(error)) => Err(error.again()),
             None => Err(EngineError::Crashed("a text was left out of its batch".to_owned())),
         }
     }

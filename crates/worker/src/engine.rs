@@ -47,11 +47,37 @@ impl EngineError {
         Self::Compute { what: what.into(), source: Some(source.into()) }
     }
 
+    /// It and its causes in a line.
+    pub fn told(&self) -> String {
+        let mut told = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            // Further lines are where in the code it was.
+            let text = error.to_string();
+            told.push_str(": ");
+            told.push_str(text.lines().next().unwrap_or_default());
+            source = error.source();
+        }
+        told
+    }
+
+    /// The same for another of the items that failed together.
+    #[must_use]
+    pub fn again(&self) -> Self {
+        match self {
+            Self::Refused(error) => Self::Refused(error.clone()),
+            Self::OutOfMemory(what) => Self::OutOfMemory(what.clone()),
+            Self::Missing(what) => Self::Missing(what.clone()),
+            Self::Compute { .. } => Self::Compute { what: self.told(), source: None },
+            Self::Crashed(what) => Self::Crashed(what.clone()),
+        }
+    }
+
     /// What the caller is told.
     pub fn to_api(&self) -> ApiError {
         match self {
             Self::Refused(error) => error.clone(),
-            _ => ApiError::new(ErrorCode::Engine, self.to_string()),
+            _ => ApiError::new(ErrorCode::Engine, self.told()),
         }
     }
 
@@ -230,4 +256,24 @@ pub trait Hand: Send {
 
     /// A sample that goes on from a checkpoint as if it had never stopped.
     fn resume(&mut self, request: &RenderRequest, from: &[u8]) -> Result<Sample, EngineError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_failed_is_told_with_its_causes_and_stays_of_its_class() {
+        let shapes = |a, b| candle_core::Tensor::zeros((a, b), candle_core::DType::F32, &candle_core::Device::Cpu);
+        let error: EngineError = shapes(2, 3).unwrap().matmul(&shapes(4, 5).unwrap()).unwrap_err().into();
+        let told = error.told();
+        assert!(told.starts_with("tensor computation failed: ") && told.contains("[2, 3]"), "{told}");
+        assert!(!told.contains('\n'), "{told}");
+        let refused: EngineError = ApiError::new(ErrorCode::InvalidField, "too long").field("prompt").into();
+        for error in [error, refused, EngineError::OutOfMemory("4 GB".to_owned()), EngineError::Crashed("?".to_owned())]
+        {
+            let again = error.again();
+            assert_eq!((again.told(), again.class()), (error.told(), error.class()));
+        }
+    }
 }

@@ -329,17 +329,23 @@ impl Held {
         self.defer_beginning();
         let class = error.class();
         let label = class.map_or("bad_input", class_label);
-        tracing::warn!(job_id = self.job_id, attempt = self.attempt, class = label, %error, cause = cause(error), "task failed");
+        tracing::warn!(
+            job_id = self.job_id,
+            attempt = self.attempt,
+            class = label,
+            error = error.told(),
+            "task failed"
+        );
         metrics::counter!("efferent_tasks_failed_total", "queue" => self.queue.clone(), "class" => label).increment(1);
         let Some(class) = class else {
             self.end(JobState::Failed, error.to_api()).await?;
             return self.lease.ack().await;
         };
-        let missed = Transition::Missed(self.attempt_with(class, error.to_string()));
+        let missed = Transition::Missed(self.attempt_with(class, error.told()));
         let outcome = self.patiently(|| self.ledger.apply(&self.job_id, &missed)).await?;
         let Outcome::Changed(record) = outcome else { return self.done().await };
         if let Some(class) = Tally::of(&record, &self.key).exhausted() {
-            let message = format!("tried {} times, and at last: {error}", self.attempt);
+            let message = format!("tried {} times, and at last: {}", self.attempt, error.told());
             return self.bury(class, message).await;
         }
         let (pause, doublings) = BACK_OFF;
@@ -443,14 +449,4 @@ fn class_label(class: FailureClass) -> &'static str {
         FailureClass::WorkerLost => "worker_lost",
         FailureClass::HandedBack => "handed_back",
     }
-}
-
-fn cause(error: &EngineError) -> String {
-    let mut causes = Vec::new();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        causes.push(error.to_string());
-        source = error.source();
-    }
-    causes.join(": ")
 }

@@ -533,13 +533,7 @@ impl<N: Network> Hand for Engine<N> {
             }
         }
         if let Err(error) = self.advance(&mut moving) {
-            let memory = matches!(error, EngineError::OutOfMemory(_));
-            let message = error.to_string();
-            let failed = || match memory {
-                true => Err(EngineError::OutOfMemory(message.clone())),
-                false => Err(EngineError::compute("a denoising step failed", message.clone())),
-            };
-            return outcomes.into_iter().map(|outcome| outcome.and_then(|()| failed())).collect();
+            return outcomes.into_iter().map(|outcome| outcome.and_then(|()| Err(error.again()))).collect();
         }
         for (sample, outcome) in batch.iter_mut().zip(&outcomes) {
             sample.step += u32::from(outcome.is_ok());

@@ -320,9 +320,8 @@ impl Hand for Pictogram {
         if !states.is_empty()
             && let Err(error) = self.advance(&mut states)
         {
-            let message = error.to_string();
-            let failed = || Err(EngineError::compute("a denoising step failed", message.clone()));
-            return outcomes.into_iter().map(|outcome| outcome.and_then(|()| failed())).collect();
+            let error = EngineError::from(error);
+            return outcomes.into_iter().map(|outcome| outcome.and_then(|()| Err(error.again()))).collect();
         }
         for (sample, outcome) in batch.iter_mut().zip(&outcomes) {
             sample.step += u32::from(outcome.is_ok());
