@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use efferent_bus::Depth;
 use efferent_proto::{
     ApiError, names, time,
     v1::{ErrorCode, GenerateRequest, Model, Quotation, StageTime, Worker, WorkerRole},
@@ -58,12 +57,16 @@ impl Stage {
     }
 }
 
-/// What waits before a request.
+/// What is before a request.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Ahead {
-    /// Requests at the brain.
+    /// Requests at the brain; one that it reads is half done, on average.
     pub requests: f64,
-    /// Units at the hand, those of the requests at the brain included.
+    /// Images that no hand has begun, those of the requests at the brain included.
+    pub waiting: f64,
+    /// Images that hands have begun.
+    pub begun: f64,
+    /// Units of an image.
     pub units: f64,
 }
 
@@ -72,9 +75,14 @@ pub fn estimate(brain: Stage, hand: Stage, ahead: Ahead, images: f64, units: f64
     let brain_time = brain.time.unwrap_or_default();
     let workers = |stage: Stage| stage.workers.max(1) as f64;
     let brain_backlog = ahead.requests * brain_time.busy_seconds_per_unit / workers(brain);
-    let hand_backlog = ahead.units * hand.busy() / workers(hand);
+    // Seconds in which the hands, all together, end one image.
+    let pace = ahead.units * hand.busy() / workers(hand);
+    let hand_backlog = (ahead.waiting + ahead.begun / 2.0) * pace;
+    // It begins when there is room for it: at once, or when so many have ended, the first of which are half done.
+    let beyond = ahead.waiting + ahead.begun - hand.capacity as f64;
+    let room = if beyond < 0.0 { 0.0 } else { (beyond + 0.5) * pace };
     // The brain works off its queue while the hands work off theirs.
-    let start = (brain_backlog + brain_time.seconds_per_unit).max(hand_backlog);
+    let start = (brain_backlog + brain_time.seconds_per_unit).max(room);
     let hand_seconds = images * units * hand.busy();
     // One image at its own speed; many at that of all hands.
     let alone = units * hand.time.map_or(GUESS, |time| time.seconds_per_unit);
@@ -106,23 +114,19 @@ pub async fn quote(directory: &Directory, request: &GenerateRequest, model: &Mod
     // Batch work waits for interactive work, and not the other way round.
     let lanes = names::LANES.iter().copied().take_while(|lane| *lane != request.lane()).chain([request.lane()]);
     let (images, units) = directory.usual(&model.hand);
-    let mut ahead = Ahead::default();
+    let mut ahead = Ahead { units, ..Ahead::default() };
     for lane in lanes {
         let depth = async |queue: String| directory.bus().depth(&queue).await.map_err(unavailable);
         let (at_brain, at_hand) = tokio::try_join!(
             depth(names::brain_queue(&model.brain, lane)),
             depth(names::hand_queue(&model.hand, lane))
         )?;
-        ahead.requests += left(at_brain);
-        ahead.units += (left(at_hand) + left(at_brain) * images) * units;
+        ahead.requests += at_brain.ready as f64 + at_brain.leased as f64 / 2.0;
+        ahead.waiting += at_hand.ready as f64 + (at_brain.ready + at_brain.leased) as f64 * images;
+        ahead.begun += at_hand.leased as f64;
     }
     let each = work::image_units(&request.size.unwrap_or_default(), work::steps(request));
     Ok(estimate(brain, hand, ahead, f64::from(request.image_count()), each))
-}
-
-/// Tasks' worth of work in a queue: what is leased is half done, on average.
-fn left(depth: Depth) -> f64 {
-    depth.ready as f64 + depth.leased as f64 / 2.0
 }
 
 /// Refuses a request whose deadline could not be met.
@@ -167,12 +171,25 @@ mod tests {
 
     #[test]
     fn what_waits_is_worked_off_by_all_workers() {
-        let ahead = Ahead { requests: 10.0, units: 600.0 };
+        // 16 are begun, for which there is room; the 60 that wait end one each 5 / 4 s.
+        let ahead = Ahead { requests: 10.0, waiting: 60.0, begun: 16.0, units: 10.0 };
         let quotation = estimate(stage(2, 64, 0.4, 0.1), stage(4, 16, 2.0, 0.5), ahead, 1.0, 10.0);
         assert!((quotation.brain_backlog_seconds - 0.5).abs() < 1e-9);
-        assert!((quotation.hand_backlog_seconds - 75.0).abs() < 1e-9);
-        assert!((seconds(quotation.finish_in) - 95.0).abs() < 1e-6);
+        assert!((quotation.hand_backlog_seconds - 68.0 * 1.25).abs() < 1e-9);
+        assert!((seconds(quotation.start_in) - 60.5 * 1.25).abs() < 1e-6);
+        assert!((seconds(quotation.finish_in) - 60.5 * 1.25 - 20.0).abs() < 1e-6);
         assert!((quotation.hand_seconds - 5.0).abs() < 1e-9);
+    }
+
+    #[test]
+    fn where_there_is_room_nothing_is_waited_for() {
+        let of = |begun| {
+            let ahead = Ahead { begun, units: 10.0, ..Ahead::default() };
+            seconds(estimate(stage(1, 64, 0.0, 0.0), stage(4, 4, 1.0, 1.0), ahead, 1.0, 10.0).start_in)
+        };
+        assert!(of(3.0).abs() < 1e-6);
+        // The first of four that are half done, on average, is done after an eighth of the time of one.
+        assert!((of(4.0) - 1.25).abs() < 1e-6);
     }
 
     #[test]
