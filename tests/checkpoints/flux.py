@@ -1,4 +1,4 @@
-"""Makes flux-dev and flux-schnell beside it: FLUX.1's pipelines in small, with random weights, as diffusers saves them, and what it computes with them.
+"""Makes flux-dev, flux-schnell and flux-odd beside it: FLUX.1's pipelines in small, with random weights, as diffusers saves them, and what it computes with them.
 
 python tests/checkpoints/flux.py
 """
@@ -35,6 +35,8 @@ def main():
     for seed, (name, guided, head, axes, heads, levels, scheduler) in enumerate((
         ("flux-dev", True, 8, (2, 4, 2), 2, (4, 8), {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": .5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}),
         ("flux-schnell", False, 12, (4, 4, 4), 1, (8, 4, 8), {"shift": 1.0, "use_dynamic_shifting": False, "base_shift": .5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}),
+        # Three heads, axes of their own widths, a fixed shift beside told guidance, pictures that are no square of two.
+        ("flux-odd", True, 14, (2, 8, 4), 3, (4, 4, 8), {"shift": 2.2, "use_dynamic_shifting": False, "base_shift": .5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}),
     )):
         torch.manual_seed(50 + seed)
         tokenizer, vocabulary = clip_tokenizer()
@@ -42,7 +44,7 @@ def main():
         encoder = CLIPTextModel(CLIPTextConfig(vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, hidden_act="quick_gelu"))
         encoder_2 = T5EncoderModel(T5Config(vocab_size=vocabulary_2 + 3, d_model=8 + 4 * seed, d_kv=4, d_ff=16, num_layers=2, num_heads=3, feed_forward_proj="gated-gelu", relative_attention_num_buckets=8,
                                             relative_attention_max_distance=20))
-        transformer = FluxTransformer2DModel(in_channels=16, num_layers=1 + seed, num_single_layers=2 - seed, attention_head_dim=head, num_attention_heads=heads, joint_attention_dim=8 + 4 * seed,
+        transformer = FluxTransformer2DModel(in_channels=16, num_layers=1 + seed % 2, num_single_layers=2 - seed % 2, attention_head_dim=head, num_attention_heads=heads, joint_attention_dim=8 + 4 * seed,
                                              pooled_projection_dim=16, guidance_embeds=guided, axes_dims_rope=axes)
         count = len(levels)
         vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, layers_per_block=1, block_out_channels=levels, down_block_types=("DownEncoderBlock2D",) * count, up_block_types=("UpDecoderBlock2D",) * count,
@@ -52,7 +54,8 @@ def main():
         pipe.set_progress_bar_config(disable=True)
         cell = 2 ** (count - 1) * 2
         golden = {}
-        joints(pipe, golden), runs(pipe, golden, (4 * cell, 4 * cell), (5 * cell, 3 * cell))
+        usual = (5 * cell, 3 * cell) if name == "flux-odd" else (4 * cell, 4 * cell)
+        joints(pipe, golden), runs(pipe, golden, usual, (7 * cell, cell) if name == "flux-odd" else (5 * cell, 3 * cell))
         save(pipe, name, golden, **({"max_shard_size": "30KB"} if guided else {}))
 
 

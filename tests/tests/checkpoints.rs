@@ -34,7 +34,7 @@ use efferent_worker::{
 };
 
 /// Every checkpoint, with the guidance that its pipeline has by default.
-const CHECKPOINTS: [(&str, f32); 20] = [
+const CHECKPOINTS: [(&str, f32); 21] = [
     ("sd15", 7.5),
     ("sd21", 7.5),
     ("sdxl-zeros", 5.0),
@@ -42,6 +42,7 @@ const CHECKPOINTS: [(&str, f32); 20] = [
     ("flux-dev", 3.5),
     // Takes none, whatever is asked for.
     ("flux-schnell", 0.0),
+    ("flux-odd", 3.5),
     ("sd3", 7.0),
     ("sd35", 7.0),
     ("sd3-without-t5", 7.0),
