@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::{
     half,
     ops::is_ours,
+    product::{MAX_ROWS, product},
     winograd::{self, Winograd},
 };
 use crate::weights::Weights;
@@ -107,13 +108,26 @@ impl Conv3x3 {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, h, w, c) = x.dims4()?;
         let (height, width, outputs) = (self.sampling.size(h), self.sampling.size(w), self.weight.dim(1)?);
-        let weight = half::operand(&self.weight)?;
-        if is_ours(x) && is_ours(&weight) && self.sampling == Sampling::Every && winograd::pays((h, w), c, outputs) {
+        let pays = is_ours(x) && self.sampling == Sampling::Every && winograd::pays((h, w), c, outputs);
+        if pays && self.weight.device().is_cpu() {
             let bias = self.bias.as_ref().map_or_else(|| Ok(vec![0.0; outputs]), Tensor::to_vec1)?;
-            return x.contiguous()?.apply_op2_no_bwd(&weight, &Winograd { bias });
+            return x.contiguous()?.apply_op2_no_bwd(&half::operand(&self.weight)?, &Winograd { bias });
         }
+        if is_ours(x) && b > 1 && height * width <= MAX_ROWS {
+            // As many images at once as leave a value the same, whatever others there are.
+            let most = MAX_ROWS / (height * width).max(1);
+            let parts = (0..b).step_by(most).map(|first| self.sampled(&x.narrow(0, first, most.min(b - first))?));
+            return Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0);
+        }
+        self.sampled(x)
+    }
+
+    /// The same by im2col.
+    fn sampled(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, h, w, c) = x.dims4()?;
+        let (height, width, outputs) = (self.sampling.size(h), self.sampling.size(w), self.weight.dim(1)?);
         let product = |rows: Tensor| {
-            let y = half::matmul(&rows, &weight)?;
+            let y = product(&rows, &self.weight)?;
             match &self.bias {
                 Some(bias) => y.broadcast_add(bias),
                 None => Ok(y),

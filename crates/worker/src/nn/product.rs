@@ -1,8 +1,9 @@
 //! `x W` for few rows.
 //!
-//! A general product of matrices first copies W into the order in which it reads it. With the rows of one prompt or one small picture that takes
-//! longer than the product. Here W is read as it lies, outputs side by side, by tiles in registers. Each value is a sum in the order of the inputs,
-//! whatever other rows there are.
+//! A general product of matrices first copies all of W into the order in which it reads it, which with the rows of one prompt or one small picture takes
+//! as long as the product itself. Here a piece of W, as much of some columns as a core's cache holds, is copied as it lies, and all rows pass it by tiles in registers. It is
+//! copied because each of its lines is read once for six rows, and lines that lie a multiple of 4 kB apart, as those of most matrices do, fall into the same few places of
+//! a cache. Each value is a sum in the order of the inputs, whatever other rows there are.
 
 use std::ops::Range;
 
@@ -20,6 +21,14 @@ use super::{
 pub const MAX_ROWS: usize = 160;
 /// Multiplications that one task of the thread pool does at least.
 const GRAIN: usize = 512 * 1024;
+/// Tasks for each thread, where there is enough to do: the last one to end is not long alone.
+const TASKS: usize = 4;
+/// Inputs of a piece of W.
+const INPUTS: usize = 256;
+/// Columns of a piece of a W that is large: with so many inputs 256 kB.
+const COLUMNS: usize = 256;
+/// How much further apart the lines of a piece are than they are long, so that they do not fall into the same few places of a cache.
+const PAD: usize = 16;
 
 /// x (rows, inputs), weight (inputs, outputs), perhaps in half precision -> (rows, outputs)
 ///
@@ -44,27 +53,34 @@ impl CustomOp2 for Product {
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
         let ((rows, inputs), (_, outputs)) = (lx.shape().dims2()?, lw.shape().dims2()?);
         let (x, w) = (slice(x, lx)?, Values::of(w, lw)?);
-        let grain = (GRAIN / (rows * inputs).max(1)).next_multiple_of(WIDEST).max(WIDEST);
+        let even = outputs.div_ceil(TASKS * rayon::current_num_threads()).min(COLUMNS);
+        let grain = (GRAIN / (rows * inputs).max(1)).max(even).next_multiple_of(WIDEST);
         let parts: Vec<Range<usize>> =
             (0..outputs).step_by(grain).map(|start| start..(start + grain).min(outputs)).collect();
         let columns: Vec<Vec<f32>> = parts
             .par_iter()
             .map(|part| {
-                let width = part.len();
-                let mut wide = Vec::new();
-                let (w, w_stride) = match w {
-                    Values::F32(w) => (w.get(part.start..).unwrap_or_default(), outputs),
-                    _ => {
-                        // Their columns, in f32.
-                        wide.resize(inputs * width, 0.0);
-                        for (input, columns) in wide.chunks_exact_mut(width).enumerate() {
-                            w.widen(input * outputs + part.start, columns);
-                        }
-                        (&*wide, width)
-                    }
-                };
+                let (width, w_stride) = (part.len(), part.len() + PAD);
+                let mut piece = vec![0f32; inputs.min(INPUTS) * w_stride];
                 let mut y = vec![0f32; rows * width];
-                Arch::new().dispatch(Columns { x, inputs, w, w_stride, width, y: &mut y, y_stride: width });
+                for first in (0..inputs).step_by(INPUTS) {
+                    let some = INPUTS.min(inputs - first);
+                    for (input, columns) in piece.chunks_exact_mut(w_stride).take(some).enumerate() {
+                        w.widen((first + input) * outputs + part.start, &mut columns[..width]);
+                    }
+                    Arch::new().dispatch(Columns {
+                        x: &x[first..],
+                        rows,
+                        x_stride: inputs,
+                        inputs: some,
+                        w: &piece,
+                        w_stride,
+                        width,
+                        y: &mut y,
+                        y_stride: width,
+                        begun: first > 0,
+                    });
+                }
                 y
             })
             .collect();
@@ -87,9 +103,16 @@ mod tests {
 
     #[test]
     fn values_agree_with_f64_and_do_not_depend_on_other_rows() {
-        for (rows, inputs, outputs) in
-            [(1, 1, 1), (2, 16, 4), (7, 33, 9), (26, 576, 192), (13, 100, 1023), (160, 64, 6)]
-        {
+        for (rows, inputs, outputs) in [
+            (1, 1, 1),
+            (2, 16, 4),
+            (7, 33, 9),
+            (26, 576, 192),
+            (13, 100, 1023),
+            (160, 64, 6),
+            (9, 700, 1300),
+            (1, 257, 5000),
+        ] {
             let x = Tensor::randn(0f32, 1.0, (rows, inputs), &Device::Cpu).unwrap();
             let w = Tensor::randn(0f32, 1.0, (inputs, outputs), &Device::Cpu).unwrap();
             let ours = product(&x, &w).unwrap();

@@ -27,6 +27,9 @@ impl WithSimd for Width {
 /// `width` columns of a product: x (rows, inputs) and w (inputs, width) -> y (rows, width)
 pub(super) struct Columns<'a> {
     pub(super) x: &'a [f32],
+    pub(super) rows: usize,
+    /// From one row of x to the next.
+    pub(super) x_stride: usize,
     pub(super) inputs: usize,
     pub(super) w: &'a [f32],
     /// From one input's weights to the next one's.
@@ -35,6 +38,8 @@ pub(super) struct Columns<'a> {
     pub(super) y: &'a mut [f32],
     /// From one row of y to the next.
     pub(super) y_stride: usize,
+    /// Whether y holds the sums over the inputs before these.
+    pub(super) begun: bool,
 }
 
 impl WithSimd for Columns<'_> {
@@ -42,7 +47,7 @@ impl WithSimd for Columns<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(mut self, simd: S) {
-        let rows = self.x.len() / self.inputs.max(1);
+        let rows = self.rows;
         let mut at = 0;
         while at < self.width {
             let vectors = ((self.width - at) / S::F32_LANES).min(widest::<S>());
@@ -82,9 +87,15 @@ impl Columns<'_> {
         let length = VECTORS * S::F32_LANES;
         let mut x = [&[][..]; ROWS];
         for (r, x) in x.iter_mut().enumerate() {
-            *x = &self.x[(row + r) * self.inputs..][..self.inputs];
+            *x = &self.x[(row + r) * self.x_stride..][..self.inputs];
         }
         let mut sums = [[simd.splat_f32s(0.0); VECTORS]; ROWS];
+        if self.begun {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let (begun, _) = S::as_simd_f32s(&self.y[(row + r) * self.y_stride + at..][..length]);
+                sums.copy_from_slice(begun);
+            }
+        }
         let mut weights = &self.w[at..];
         for input in 0..self.inputs {
             let (vectors, _) = S::as_simd_f32s(&weights[..length]);
@@ -108,8 +119,10 @@ impl Columns<'_> {
     /// What is left of a row's outputs, from `at` on, when no vector is full. Returns 1.
     fn rest(&mut self, row: usize, at: usize) -> usize {
         let to = &mut self.y[row * self.y_stride + at..][..self.width - at];
-        to.fill(0.0);
-        for (input, x) in self.x[row * self.inputs..][..self.inputs].iter().enumerate() {
+        if !self.begun {
+            to.fill(0.0);
+        }
+        for (input, x) in self.x[row * self.x_stride..][..self.inputs].iter().enumerate() {
             let w = &self.w[input * self.w_stride..][at..self.width];
             for (y, w) in to.iter_mut().zip(w) {
                 *y = x.mul_add(*w, *y);

@@ -212,7 +212,8 @@ impl WithSimd for Block<'_> {
             for at in (0..some.len()).step_by(*strip) {
                 let w = self.kernels.of(inputs, at, index);
                 let (width, y, y_stride) = (*strip.min(&(some.len() - at)), &mut y[at..], some.len());
-                Columns { x, inputs, w, w_stride: *strip, width, y, y_stride }.with_simd(simd);
+                let (rows, x_stride, w_stride) = (tiles, inputs, *strip);
+                Columns { x, rows, x_stride, inputs, w, w_stride, width, y, y_stride, begun: false }.with_simd(simd);
             }
         }
         for tile in 0..tiles {
