@@ -176,24 +176,19 @@ def server_renderer(address: str):
 def torch_renderer(folder: Path):
     """Pictures from a model folder by the training code's own forward."""
     import torch
-    from safetensors.torch import load_file
 
+    from .export import load
     from .language import Language
-    from .network import DEFAULT, Connector, Decoder, Hand, sample, unpatch
+    from .network import sample, unpatch
 
-    manifest = json.loads((folder / "pipeline.json").read_text())
-    connector = Connector({**DEFAULT, "connector_layers": manifest["connector"]["config"]["layers"]})
-    hand, decoder = Hand({**DEFAULT, "hand_layers": manifest["hand"]["config"]["layers"]}), Decoder()
-    connector.load_state_dict({k: v.float() for k, v in load_file(folder / "connector.safetensors").items()})
-    weights = {k: v.float() for k, v in load_file(folder / "hand.safetensors").items()}
-    part = lambda name: {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
-    hand.load_state_dict(part("hand.")), decoder.load_state_dict(part("dec."))
-    mean, std = weights["latent.mean"].view(1, -1, 1, 1), weights["latent.std"].view(1, -1, 1, 1)
+    offers = json.loads((folder / "pipeline.json").read_text())["offers"]
+    connector, hand, decoder, mean, std = load(folder)
+    mean, std = mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
     language = Language(packages.gguf())
 
     @torch.no_grad()
     def render(prompt: Prompt) -> np.ndarray:
-        latent = unpatch(sample(hand, connector(*language.states([prompt.text])), prompt.seed, manifest["offers"]["default_steps"], manifest["offers"]["default_guidance_scale"]))
+        latent = unpatch(sample(hand, connector(*language.states([prompt.text])), prompt.seed, offers["default_steps"], offers["default_guidance_scale"]))
         image = decoder(latent * std + mean)[0].clamp(-1, 1)
         return ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from . import packages
 from .language import LAYERS, PREFIX, SUFFIX
-from .network import DEFAULT, Connector, Decoder, Hand
+from .network import DEFAULT, Connector, Decoder, Hand, Routed
 
 DESCRIPTION = "Small pictures of everyday things, 96 x 96: 80 objects, colours, counts, places and backgrounds, from plain English."
 
 
-def manifest(config: dict) -> dict:
-    """pipeline.json"""
+def manifest(config: dict, gate: int | None) -> dict:
+    """pipeline.json; `gate`: the width of the connector's gate, if it has one."""
     sha256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     return {
         "format": 2,
@@ -29,7 +29,7 @@ def manifest(config: dict) -> dict:
         "connector": {
             "family": "queries", "name": "pictogram", "weights": "connector.safetensors",
             "config": {"states": config["states"], "queries": config["queries"], "width": config["width"], "heads": config["heads"],
-                       "layers": config["connector_layers"], "max_tokens": config["max_tokens"]},
+                       "layers": config["connector_layers"], "max_tokens": config["max_tokens"]} | ({"gate": gate} if gate else {}),
         },
         "hand": {
             "family": "pictogram", "name": "pictogram", "weights": "hand.safetensors",
@@ -47,16 +47,17 @@ def export(config: dict, connector: dict, hand: dict, decoder: dict, mean, std, 
     save_file(half("", connector), out / "connector.safetensors")
     rest = {"latent.mean": mean.flatten().half(), "latent.std": std.flatten().half()}
     save_file(half("hand.", hand) | half("dec.", decoder) | rest, out / "hand.safetensors")
-    (out / "pipeline.json").write_text(json.dumps(manifest(config), indent=2, ensure_ascii=False) + "\n")
+    gate = connector.get("gate.a.bias")
+    (out / "pipeline.json").write_text(json.dumps(manifest(config, None if gate is None else len(gate)), indent=2, ensure_ascii=False) + "\n")
 
 
 def load(model: Path):
     """What `export` wrote: connector, hand, decoder, and the latents' mean and deviation."""
-    connector, hand, decoder = Connector(DEFAULT), Hand(DEFAULT), Decoder()
     single = lambda name: {k: v.float() for k, v in load_file(model / name).items()}
-    weights = single("hand.safetensors")
+    weights, control = single("hand.safetensors"), single("connector.safetensors")
+    connector, hand, decoder = Routed(DEFAULT) if "gate.a.bias" in control else Connector(DEFAULT), Hand(DEFAULT), Decoder()
     part = lambda name: {k.removeprefix(name): v for k, v in weights.items() if k.startswith(name)}
-    connector.load_state_dict(single("connector.safetensors")), hand.load_state_dict(part("hand.")), decoder.load_state_dict(part("dec."))
+    connector.load_state_dict(control), hand.load_state_dict(part("hand.")), decoder.load_state_dict(part("dec."))
     return connector, hand, decoder, weights["latent.mean"], weights["latent.std"]
 
 

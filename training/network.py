@@ -71,6 +71,31 @@ class Connector(nn.Module):
         return self.on(x[:, :n])
 
 
+class Gate(nn.Module):
+    """Token states h (B, T, states) and mask (B, T; 1 = present) -> (B): above 0 where the words are none that the plain connector knows. The largest of the tokens' numbers."""
+
+    def __init__(self, c, width=32):
+        super().__init__()
+        self.n, self.a, self.b = RMS(c["states"]), nn.Linear(c["states"], width), nn.Linear(width, 1)
+
+    def forward(self, h, mask):
+        score = self.b(F.gelu(self.a(self.n(h)), approximate="tanh"))[..., 0]
+        return score.masked_fill(~mask, -1e9).amax(1)
+
+
+class Routed(nn.Module):
+    """Two connectors: `words` for prompts that the gate finds to be in words that `plain` does not know. Shapes as of Connector."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.plain, self.words, self.gate = Connector(c), Connector(c), Gate(c)
+
+    def forward(self, h, mask=None):
+        mask = torch.ones(h.shape[:2], dtype=torch.bool) if mask is None else mask
+        other = self.gate(h, mask) > 0
+        return torch.where(other[:, None, None], self.words(h, mask), self.plain(h, mask))
+
+
 def patch(x):
     """(B, C, 12, 12) -> (B, 36, 4C)"""
     b, c = x.shape[:2]

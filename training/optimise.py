@@ -71,5 +71,5 @@ def rate(progress, constant):
 
 
 def half_precision():
-    """Matrix products in bfloat16: 1.6 to 3.5 times as fast where the processor has them, and the weights stay in f32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    """Matrix products in bfloat16 where the processor has them: 1.6 to 3.5 times as fast, and the weights stay in f32. Elsewhere they would take 7 times as long."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported())

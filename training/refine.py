@@ -186,7 +186,9 @@ def main():
         print(line, flush=True)
         log_file.write(line + "\n")
 
-    language, parts = Language(packages.gguf()), load(options.model)
+    language, (connector, *parts) = Language(packages.gguf()), load(options.model)
+    # Of two connectors the first, from which the other is made anew.
+    parts = (getattr(connector, "plain", connector), *parts)
     model = encoder(options.folder, language, parts, options.encoder_minutes * 60, log)
     data = captions(options.folder, language, options.captions, options.more_words, log)
     seen = latents(options.folder, model, data, *parts[3:], log)

@@ -21,7 +21,7 @@ class Thing:
         return self.names[0]
 
 
-def _core(phrase: str) -> str:
+def core(phrase: str) -> str:
     return re.sub(r"^(a|an|the)\s+", "", phrase.lower())
 
 
@@ -34,23 +34,32 @@ def _rows(name: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in lines if not line.startswith("#")]
 
 
+_MORE = {tuple(head.split()): tuple(map(_split, cells)) for head, *cells in _rows("more-words.txt")}
+# Every twelfth of these is kept from training: by them it is measured, before the evaluation's own are looked at.
+_EVERY = 12
 # (kind, name) -> more words of training, which `words.py` alone uses; of a thing, names and descriptions.
-MORE = {tuple(head.split()): tuple(map(_split, cells)) for head, *cells in _rows("more-words.txt")}
+MORE = {key: tuple(tuple(word for i, word in enumerate(cell) if i % _EVERY) for cell in cells) if key[0] == "thing" else cells for key, cells in _MORE.items()}
 
 
 def load_things() -> list[Thing]:
     """The objects of objects.txt. A held-out wording that is a part of any training wording is dropped."""
     cells = _rows("objects.txt")
-    trained = {_core(p) for c in cells for p in _split(c[2]) + _split(c[3])} | {_core(p) for parts in MORE.values() for part in parts for p in part}
+    trained = {core(p) for c in cells for p in _split(c[2]) + _split(c[3])} | {core(p) for parts in _MORE.values() for part in parts for p in part}
     found = []
     for icon, plural, names, descriptions, held_out in cells:
-        kept = [p for p in _split(held_out) if not any(f" {_core(p.rstrip('*'))} " in f" {t} " for t in trained)]
+        kept = [p for p in _split(held_out) if not any(f" {core(p.rstrip('*'))} " in f" {t} " for t in trained)]
         allusions = frozenset(p.rstrip("*") for p in kept if p.endswith("*"))
         found.append(Thing(icon, plural, _split(names), _split(descriptions), tuple(p.rstrip("*") for p in kept), allusions))
     return found
 
 
 THINGS = load_things()
+# (thing, wording): those kept from training.
+SPARED = [(index, word) for index, thing in enumerate(THINGS) for cell in _MORE["thing", thing.icon] for word in cell[::_EVERY]]
+
+_TRAINED = [core(word) for thing in THINGS for word in thing.names + thing.descriptions]
+# The same, of fresh-words.txt: what is in the captions of objects.txt is left out.
+FRESH = [(index, word) for index, (_, words) in enumerate(_rows("fresh-words.txt")) for word in _split(words) if not any(f" {core(word)} " in f" {trained} " for trained in _TRAINED)]
 
 # name -> (RGB, words of training, words kept for the evaluation)
 COLORS = {
