@@ -170,12 +170,12 @@ def fit_gate(told, plain, steps, log):
     for step in range(steps):
         for group in adam.param_groups:
             group["lr"] = 2e-3 * (1 - step / steps)
-        scores, known = [], rng.choices(range(len(plain["scenes"])), k=36)
-        for data, index in ((told, rng.choices(marked, k=32)), (told, rng.choices(rest, k=8)), (plain, known)):
+        scores, familiar = [], rng.choices(range(len(plain["scenes"])), k=36)
+        for data, index in ((told, rng.choices(marked, k=32)), (told, rng.choices(rest, k=8)), (plain, familiar)):
             h, mask = batch_states(data, index)
             h = h + torch.randn_like(h) * h.square().mean(-1, keepdim=True).sqrt() * .1
             scores.append(gate(h, mask))
-        wanted, weights = torch.cat([torch.ones(32), torch.zeros(44)]), torch.cat([torch.ones(40), weight[known]])
+        wanted, weights = torch.cat([torch.ones(32), torch.zeros(44)]), torch.cat([torch.ones(40), weight[familiar]])
         loss = F.binary_cross_entropy_with_logits(torch.cat(scores), wanted, weights)
         adam.zero_grad()
         loss.backward()
