@@ -58,6 +58,7 @@ pub async fn all(bus: &SharedBus) {
         values_expire(b),
         watches_tell_everything(b),
         objects_survive_the_round_trip(b),
+        objects_stay_as_long_as_any_asked(b),
         events_reach_those_who_listen(b),
         stored_jobs_are_told(b),
         limits_are_typed_errors(b),
@@ -345,6 +346,32 @@ async fn objects_survive_the_round_trip(bus: &dyn Bus) {
     let hash = bus.put_object(noise(10), Some(SECOND)).await.unwrap();
     tokio::time::sleep(SECOND * 3).await;
     assert!(read_object(bus, &hash).await.unwrap().is_none(), "an object expires");
+}
+
+async fn objects_stay_as_long_as_any_asked(bus: &dyn Bus) {
+    let (long, short) = (Some(SECOND * 60), Some(SECOND));
+    let mut stored = Vec::new();
+    // In one chunk and in several, of content that nobody else stores.
+    for length in [0, 2 * 1024 * 1024] {
+        for (first, second) in [(long, short), (short, long), (None, short), (short, None)] {
+            let bytes = Bytes::from([vec![0; length], new_job_id().into_bytes()].concat());
+            let hash = bus.put_object(bytes.clone(), first).await.unwrap();
+            assert_eq!(bus.put_object(bytes.clone(), second).await.unwrap(), hash);
+            stored.push((hash, bytes, format!("{length} bytes for {first:?}, then for {second:?}")));
+        }
+    }
+    tokio::time::sleep(SECOND * 3).await;
+    for (hash, bytes, what) in stored {
+        assert!(read_object(bus, &hash).await.unwrap() == Some(bytes), "{what}");
+        bus.delete_object(&hash).await.unwrap();
+    }
+    // Deleted is deleted: it begins anew.
+    let bytes = Bytes::from(new_job_id());
+    let hash = bus.put_object(bytes.clone(), long).await.unwrap();
+    bus.delete_object(&hash).await.unwrap();
+    bus.put_object(bytes, short).await.unwrap();
+    tokio::time::sleep(SECOND * 3).await;
+    assert!(read_object(bus, &hash).await.unwrap().is_none(), "its time before is forgotten");
 }
 
 async fn events_reach_those_who_listen(bus: &dyn Bus) {

@@ -318,7 +318,8 @@ pub trait Bus: Send + Sync + Debug {
 
     // --- objects ---
 
-    /// Stores bytes under their BLAKE3 hash (hex). Storing the same bytes again renews the `ttl`.
+    /// Stores bytes under their BLAKE3 hash (hex). They vanish after `ttl`. Storing the same bytes again may prolong their time and never shortens it: of the two
+    /// expiries the later holds, and without a `ttl` they stay. Only [`Bus::delete_object`] ends that.
     async fn put_object(&self, bytes: Bytes, ttl: Option<Duration>) -> Result<String>;
     /// The bytes of a hash, in chunks; checked against the hash, an error at the end if they differ. `None` if there are none.
     async fn get_object(&self, hash: &str) -> Result<Option<BoxStream<'static, Result<Bytes>>>>;

@@ -3,10 +3,11 @@
 use std::{
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
+use async_nats::jetstream::{self, stream};
 use bytes::Bytes;
 use efferent_bus::{
     Bucket, Bus, Error, SharedBus,
@@ -133,6 +134,86 @@ async fn three_copies_on_one_server_are_refused() {
     let url = format!("nats://127.0.0.1:{}", server.port);
     let refused = Nats::connect(Options { url, replicas: 3, prefix: "many".to_owned(), ..Options::default() }).await;
     assert!(matches!(&refused, Err(Error::Unfit(message)) if message.contains("replicas")), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_whose_settings_cannot_be_changed_is_refused_by_their_name() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let server = Server::start(folder.path(), None);
+    server.connect("one").await;
+    let url = format!("nats://127.0.0.1:{}", server.port);
+    let client = async_nats::connect(&url).await.expect("connects");
+    let other = stream::Config {
+        name: "other-objects".to_owned(),
+        subjects: vec!["other.object.>".to_owned()],
+        deny_delete: true,
+        ..Default::default()
+    };
+    jetstream::new(client).create_stream(other).await.expect("makes the stream");
+    let refused = Nats::connect(Options { url, prefix: "other".to_owned(), ..Options::default() }).await;
+    let named = |message: &str| message.contains("other-objects") && message.contains("deny message deletes");
+    assert!(matches!(&refused, Err(Error::Unfit(message)) if named(message)), "{refused:?}");
+}
+
+/// How many bytes of a server's are still let through, and the pause that comes then.
+type Stall = Arc<Mutex<Option<(usize, Duration)>>>;
+
+/// A way to a server that stalls when it is told to.
+async fn way(port: u16, stall: Stall) -> String {
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::{TcpListener, TcpStream},
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("nats://{}", listener.local_addr().expect("an address"));
+    let pause = move |read: usize| -> Option<Duration> {
+        let mut stall = stall.lock().expect("nobody panicked");
+        let (left, _) = stall.as_mut()?;
+        *left = left.saturating_sub(read);
+        if *left > 0 { None } else { stall.take().map(|(_, pause)| pause) }
+    };
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let server = TcpStream::connect(("127.0.0.1", port)).await.expect("the server is there");
+            let ((mut asked, mut answers), (mut answered, mut asks)) = (client.into_split(), server.into_split());
+            tokio::spawn(async move { tokio::io::copy(&mut asked, &mut asks).await });
+            let pause = pause.clone();
+            tokio::spawn(async move {
+                let mut bytes = vec![0; 64 * 1024];
+                while let Ok(read @ 1..) = answered.read(&mut bytes).await {
+                    if let Some(pause) = pause(read) {
+                        tokio::time::sleep(pause).await;
+                    }
+                    if answers.write_all(&bytes[..read]).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    url
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_is_whole_or_an_error_when_the_server_stalls() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let server = Server::start(folder.path(), None);
+    let bus = server.connect("stall").await;
+    for number in 0..100 {
+        let value = Bytes::from(vec![7; 100 * 1024]);
+        bus.put(Bucket::Models, &format!("k{number}"), value, None).await.expect("stores");
+    }
+    let stall = Stall::default();
+    let url = way(server.port, stall.clone()).await;
+    let options = Options { url, prefix: "stall".to_owned(), ..Options::default() };
+    let bus = connect_patiently(options, Duration::from_secs(20)).await.expect("connects");
+    let list = async |pause: Duration| {
+        *stall.lock().expect("nobody panicked") = Some((1_000_000, pause));
+        bus.list(Bucket::Models).await.map(|entries| entries.len())
+    };
+    assert_eq!(list(Duration::from_millis(2500)).await.expect("lists"), 100, "a tenth came before the pause");
+    let cut = list(Duration::from_secs(600)).await;
+    assert!(matches!(cut, Err(Error::Unavailable { .. })), "{cut:?}");
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! The thread that owns the database: calls in transactions, what has expired, who is told.
+//! The thread that owns the database: calls in transactions, what has expired, whose files go, who is told.
 
 use std::{
     collections::HashMap,
@@ -42,12 +42,14 @@ pub(super) const SWEEP: Duration = Duration::from_millis(200);
 pub(super) type Call = Box<dyn FnOnce(&Transaction<'_>, &mut Aftermath) -> Reply + Send>;
 pub(super) type Reply = Box<dyn FnOnce(Option<&str>) + Send>;
 
-/// What to tell others once the transaction is durable.
+/// What to tell others, and to remove, once the transaction is durable.
 #[derive(Default)]
 pub(super) struct Aftermath {
     pub(super) changes: Vec<(Bucket, Change)>,
     pub(super) woken: Vec<String>,
     pub(super) watchers: Vec<(Bucket, channel::UnboundedSender<Change>)>,
+    /// Objects that were removed and still have their files.
+    pub(super) objects: Vec<String>,
     /// Why the transaction cannot be committed, if a call has brought it down.
     fault: Option<String>,
 }
@@ -132,6 +134,7 @@ impl Database {
     }
 
     fn tell(&mut self, aftermath: Aftermath) {
+        self.unlink(aftermath.objects);
         for (bucket, change) in aftermath.changes {
             if let (Bucket::Jobs, Change::Put(entry)) = (bucket, &change) {
                 // No subscribers is fine.
@@ -144,6 +147,16 @@ impl Database {
         self.watchers.extend(aftermath.watchers);
         for queue in aftermath.woken {
             self.wakers.of(&queue).notify_waiters();
+        }
+    }
+
+    /// Removes the files of objects that were removed, unless they were stored again in the same transaction: that found the file, and did not write it anew.
+    fn unlink(&self, objects: Vec<String>) {
+        for hash in objects {
+            let statement = self.connection.prepare_cached("SELECT 1 FROM objects WHERE hash = ?1");
+            if let Ok(false) = statement.and_then(|mut statement| statement.exists([&hash])) {
+                let _ = fs::remove_file(object_path(&self.folder, &hash));
+            }
         }
     }
 
@@ -160,15 +173,12 @@ impl Database {
             .query_map([now], |row| row.get(0))?
             .collect::<rusqlite::Result<_>>()?;
         transaction.commit()?;
-        for hash in objects {
-            let _ = fs::remove_file(object_path(&self.folder, &hash));
-        }
         let changes = gone.into_iter().filter_map(|(bucket, key)| {
             let bucket = Bucket::ALL.into_iter().find(|b| b.name() == bucket)?;
             Some((bucket, Change::Gone { key }))
         });
         let changes = changes.collect();
-        self.tell(Aftermath { changes, ..Default::default() });
+        self.tell(Aftermath { changes, objects, ..Default::default() });
         Ok(())
     }
 }
@@ -201,6 +211,7 @@ pub(super) fn apart<T>(
         aftermath.changes.append(&mut own.changes);
         aftermath.woken.append(&mut own.woken);
         aftermath.watchers.append(&mut own.watchers);
+        aftermath.objects.append(&mut own.objects);
     } else if transaction.is_autocommit() {
         if let Err(error @ Error::Unavailable { what, .. }) = &outcome {
             tracing::debug!(%error, "a call brought its transaction down");

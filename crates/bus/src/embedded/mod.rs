@@ -26,7 +26,7 @@ use tokio::sync::{broadcast, mpsc as channel, oneshot};
 
 use self::{
     database::{Aftermath, Call, Database, Wakers, after, apart, connect, entries, entry, now, queue_row},
-    objects::{next_chunk, object_path, write_durably},
+    objects::{TRIES, next_chunk, object_path, write_durably},
 };
 use crate::{
     Bucket, Bus, Change, DUPLICATE_WINDOW, Delivery, Depth, Entry, Error, Event, MAX_MESSAGE, MAX_OBJECT, MAX_VALUE,
@@ -321,30 +321,23 @@ impl Bus for Embedded {
     async fn put_object(&self, bytes: Bytes, ttl: Option<Duration>) -> Result<String> {
         check_length("object", bytes.len(), MAX_OBJECT)?;
         let hash = blake3::hash(&bytes).to_hex().to_string();
-        let length = bytes.len() as i64;
-        let path = object_path(&self.inner.folder, &hash);
-        let written = tokio::task::spawn_blocking(move || write_durably(&path, &bytes)).await;
-        written.map_err(|error| Error::unavailable("storing an object", error))?.map_err(|error| {
-            match error.kind() {
-                std::io::ErrorKind::StorageFull => {
-                    Error::unavailable("the disk is full, an object cannot be stored", error)
+        for _ in 0..TRIES {
+            let (path, bytes) = (object_path(&self.inner.folder, &hash), bytes.clone());
+            let length = bytes.len() as u64;
+            let written = tokio::task::spawn_blocking(move || write_durably(&path, &bytes)).await;
+            written.map_err(|error| Error::unavailable("storing an object", error))?.map_err(|error| {
+                match error.kind() {
+                    std::io::ErrorKind::StorageFull => {
+                        Error::unavailable("the disk is full, an object cannot be stored", error)
+                    }
+                    _ => Error::unavailable("storing an object", error),
                 }
-                _ => Error::unavailable("storing an object", error),
+            })?;
+            if self.note_object(&hash, length, ttl).await? {
+                return Ok(hash);
             }
-        })?;
-        let (name, until) = (hash.clone(), ttl.map(after));
-        self.inner
-            .call(
-                || "storing an object".to_owned(),
-                move |transaction, _| {
-                    transaction
-                        .prepare_cached("INSERT OR REPLACE INTO objects VALUES (?1, ?2, ?3)")?
-                        .execute(params![name, length, until])?;
-                    Ok(())
-                },
-            )
-            .await?;
-        Ok(hash)
+        }
+        Err(Error::Unavailable { what: "storing an object that is deleted again and again".to_owned(), source: None })
     }
 
     async fn get_object(&self, hash: &str) -> Result<Option<BoxStream<'static, Result<Bytes>>>> {
@@ -374,19 +367,17 @@ impl Bus for Embedded {
 
     async fn delete_object(&self, hash: &str) -> Result<()> {
         let name = hash.to_owned();
-        let removed = self
-            .inner
+        self.inner
             .call(
                 || "deleting an object".to_owned(),
-                move |transaction, _| {
-                    Ok(transaction.prepare_cached("DELETE FROM objects WHERE hash = ?1")?.execute([name])? > 0)
+                move |transaction, aftermath| {
+                    if transaction.prepare_cached("DELETE FROM objects WHERE hash = ?1")?.execute([&name])? > 0 {
+                        aftermath.objects.push(name);
+                    }
+                    Ok(())
                 },
             )
-            .await?;
-        if removed {
-            let _ = tokio::fs::remove_file(object_path(&self.inner.folder, hash)).await;
-        }
-        Ok(())
+            .await
     }
 
     async fn emit(&self, subject: &str, payload: Bytes) -> Result<()> {

@@ -10,8 +10,9 @@
 //! Servers older than 2.12 ignore what they do not know instead of refusing it. So the version is checked, and so is every configuration
 //! that comes back.
 //!
-//! Read in this order: this file (the bus), [`setup`] (is the server fit), [`tasks`] (leases), [`watch`].
+//! Read in this order: this file (the bus), [`setup`] (is the server fit), [`tasks`] (leases), [`objects`] (chunks), [`watch`].
 
+mod objects;
 mod setup;
 mod tasks;
 mod time;
@@ -46,6 +47,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use self::{
+    objects::{CHUNK, CHUNKS, WINDOW, get_chunk},
     setup::{MARKER, check_version, make_bucket, make_stream, refuse_differences},
     tasks::{HEADER_PREFIX, JOB, collect},
     watch::{begin_watch, snapshot, watch},
@@ -55,12 +57,9 @@ use crate::{
     NewTask, Published, QueueSpec, Result, check_key, check_length, check_queue, clock::Clock,
 };
 
-const CHUNK: usize = 900 * 1024;
 /// How often the server is asked whether it is there. After three questions without an answer the connection is made anew: that of a server that
 /// vanished without a word would stay for minutes.
 const PING: Duration = Duration::from_secs(5);
-/// Chunks on their way at once.
-const WINDOW: usize = 8;
 const CONSUMER: &str = "workers";
 /// Bytes that a process publishes to a queue before it renews the queue's anchor: several of them in a block of the server's, which has 4 MiB.
 const ANCHOR_EVERY: usize = 512 * 1024;
@@ -68,7 +67,6 @@ const ANCHOR_EVERY: usize = 512 * 1024;
 const ANCHORS: u64 = 1;
 /// Most workers that wait for tasks of one queue at once.
 const MAX_WAITING: i64 = 16_384;
-const CHUNKS: &str = "Efferent-Chunks";
 
 /// How to reach NATS.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -449,14 +447,14 @@ impl Bus for Nats {
         check_length("object", bytes.len(), MAX_OBJECT)?;
         let hash = blake3::hash(&bytes).to_hex().to_string();
         let chunks = bytes.len().div_ceil(CHUNK).max(1);
+        let until = ttl.and_then(|ttl| self.now().checked_add(whole_seconds(ttl)));
         let store = |index: usize| {
             let chunk = bytes.slice((index * CHUNK).min(bytes.len())..((index + 1) * CHUNK).min(bytes.len()));
             let mut publish = PublishMessage::build().payload(chunk).header(CHUNKS, chunks.to_string().as_str());
             if let Some(ttl) = ttl {
                 publish = publish.ttl(whole_seconds(ttl));
             }
-            let message = publish.outbound_message(self.object_subject(&hash, &index.to_string()));
-            async move { self.send(message).await.map(drop).map_err(fault("storing an object")) }
+            self.store_chunk(self.object_subject(&hash, &index.to_string()), publish, until)
         };
         futures::stream::iter(1..chunks).map(store).buffer_unordered(WINDOW).try_collect::<()>().await?;
         store(0).await?;
@@ -533,27 +531,6 @@ impl Bus for Nats {
 fn is_full(error: &PublishError) -> bool {
     error.kind() == PublishErrorKind::Other
         && error.source().is_some_and(|source| source.to_string().contains("maximum messages exceeded"))
-}
-
-async fn get_chunk(objects: &Stream, subject: &str) -> Result<Option<(Bytes, usize)>> {
-    use async_nats::jetstream::stream::LastRawMessageErrorKind;
-    let parts = |message: jetstream::message::StreamMessage| {
-        let chunks = message.headers.get(CHUNKS).and_then(|value| value.as_str().parse().ok()).unwrap_or(1);
-        (message.payload, chunks)
-    };
-    match objects.direct_get_last_for_subject(subject).await {
-        Ok(message) => Ok(Some(parts(message))),
-        Err(error) if error.kind() == DirectGetErrorKind::NotFound => match objects.cached_info().config.num_replicas {
-            0 | 1 => Ok(None),
-            // That copy may be behind: ask the leader.
-            _ => match objects.get_last_raw_message_by_subject(subject).await {
-                Ok(message) => Ok(Some(parts(message))),
-                Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(None),
-                Err(error) => Err(Error::unavailable("reading an object", error)),
-            },
-        },
-        Err(error) => Err(Error::unavailable("reading an object", error)),
-    }
 }
 
 /// A shared bus on NATS that waits for its server: tries again until it is there or `patience` is over. A server that is unfit is not waited for.

@@ -5,25 +5,47 @@ use std::{
     time::Duration,
 };
 
-use async_nats::jetstream::kv::{self, Operation, Store};
+use async_nats::jetstream::{
+    kv::{self, Operation, Store},
+    stream::LastRawMessageErrorKind,
+};
 use futures::StreamExt as _;
 use tokio::sync::mpsc;
 
 use super::fault;
-use crate::{Change, Entry, Result};
+use crate::{Change, Entry, Error, Result};
+
+/// A silence after which the server is asked whether that was all.
+const SILENCE: Duration = Duration::from_secs(1);
+/// Silences in a row, with more to come, after which a listing is given up.
+const MOST_SILENCES: u32 = 10;
 
 /// Every value of a bucket.
 pub(super) async fn snapshot(store: &Store) -> Result<Vec<Entry>> {
     let what = || format!("listing {}", store.name);
+    let broken = |how: &str| Error::Unavailable { what: format!("{}: {how}", what()), source: None };
     let info = store.stream.get_info().await.map_err(fault(what()))?;
     let mut latest = BTreeMap::new();
     if info.state.messages == 0 {
         return Ok(Vec::new());
     }
     let mut watch = store.watch_with_history(">").await.map_err(fault(what()))?;
-    // The last message may have expired since: then nobody says "that was all", and silence must do.
-    while let Ok(Some(entry)) = tokio::time::timeout(Duration::from_secs(1), watch.next()).await {
-        let entry = entry.map_err(fault(what()))?;
+    let (mut seen, mut silences) = (0, 0);
+    loop {
+        let Ok(next) = tokio::time::timeout(SILENCE, watch.next()).await else {
+            // The last message may have expired since: then nobody says "that was all". Nor does a server that stalls.
+            if !is_more(store, seen).await? {
+                break;
+            }
+            silences += 1;
+            if silences == MOST_SILENCES {
+                return Err(broken("the server has more and does not send it"));
+            }
+            continue;
+        };
+        let entry = next.ok_or_else(|| broken("it ended before its end"))?.map_err(fault(what()))?;
+        silences = 0;
+        seen = entry.revision;
         let last = entry.delta == 0;
         match entry.operation {
             Operation::Put => {
@@ -32,11 +54,21 @@ pub(super) async fn snapshot(store: &Store) -> Result<Vec<Entry>> {
             }
             Operation::Delete | Operation::Purge => drop(latest.remove(&entry.key)),
         }
-        if last {
+        // In a cluster, whoever sends may be behind the leader: what it takes for the last need not be.
+        if last && (seen >= info.state.last_sequence || !is_more(store, seen).await?) {
             break;
         }
     }
     Ok(latest.into_values().collect())
+}
+
+/// Whether the bucket's leader has anything after a revision.
+async fn is_more(store: &Store, revision: u64) -> Result<bool> {
+    match store.stream.get_first_raw_message_by_subject(format!("{}>", store.prefix), revision + 1).await {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == LastRawMessageErrorKind::NoMessageFound => Ok(false),
+        Err(error) => Err(Error::unavailable(format!("asking whether {} has more", store.name), error)),
+    }
 }
 
 /// A snapshot, and a watch that misses nothing after it.
