@@ -7,7 +7,7 @@ use efferent_proto::{
     ApiError, names, time,
     v1::{
         ErrorCode, GetStatusRequest, GetStatusResponse, ListModelsRequest, ListModelsResponse, ListWorkersRequest,
-        ListWorkersResponse, Model, Queue, StageLoad, WorkerRole, cluster_service_server::ClusterService,
+        ListWorkersResponse, Model, Queue, StageLoad, WorkerRole, WorkerState, cluster_service_server::ClusterService,
     },
 };
 use tonic::{Request, Response, Status};
@@ -100,12 +100,14 @@ impl ClusterService for Cluster {
         let unavailable = |error: efferent_bus::Error| ApiError::new(ErrorCode::BusUnavailable, error.to_string());
         let queues = self.queues().await.map_err(unavailable)?;
         let stages = self.stages(&queues).await.map_err(unavailable)?;
+        // Those that load are listed, but they are no workers yet.
+        let workers = self.directory.workers().iter().filter(|worker| worker.state() != WorkerState::Starting).count();
         Ok(Response::new(GetStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             bus: self.ledger.bus().kind().to_owned(),
             queues,
             stages,
-            workers: self.directory.workers().len() as u32,
+            workers: workers as u32,
             started_at: Some(time::timestamp(self.started_at)),
             open_streams: self.images.open_streams(),
         }))

@@ -99,7 +99,11 @@ impl Follower {
         let mut events = match tail {
             Some(Tail { record, events }) => {
                 self.expires_at = expires_at(&record);
-                self.tell_new(record.log).await.map_err(|_| None)?;
+                match self.tell_new(record.log).await {
+                    Ok(()) => {}
+                    Err(Stop::Gone) => return Err(None),
+                    Err(Stop::Bus(_)) => look = true,
+                }
                 events
             }
             // Listen first, then read: what happens in between is in one or the other.
@@ -128,9 +132,12 @@ impl Follower {
                 event = events.next() => match event {
                     Some(event) => {
                         self.guard = GUARD;
-                        match self.hear(&event).await.map_err(|_| None)? {
-                            Heard::Enough => return Ok(()),
-                            heard => heard == Heard::Look,
+                        match self.hear(&event).await {
+                            Ok(Heard::Enough) => return Ok(()),
+                            Ok(heard) => heard == Heard::Look,
+                            Err(Stop::Gone) => return Err(None),
+                            // What it was about is in the record, or will be.
+                            Err(Stop::Bus(_)) => true,
                         }
                     }
                     None => {

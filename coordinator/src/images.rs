@@ -61,6 +61,16 @@ pub(crate) fn unavailable(error: efferent_bus::Error) -> ApiError {
     }
 }
 
+fn incomplete() -> ApiError {
+    ApiError::new(ErrorCode::Internal, "a job record is incomplete")
+}
+
+/// By which a request is known again. Whether its images come along with the events changes nothing about them.
+fn fingerprint(request: &GenerateRequest) -> Bytes {
+    let request = GenerateRequest { inline_images: false, ..request.clone() };
+    Bytes::copy_from_slice(blake3::hash(&request.encode_to_vec()).as_bytes())
+}
+
 /// Counts a call by its outcome.
 pub(crate) fn count<T>(method: &'static str, started: Instant, outcome: Result<T, ApiError>) -> Result<T, Status> {
     let code = outcome.as_ref().map_or_else(ApiError::reason, |_| "OK");
@@ -88,10 +98,16 @@ impl Images {
         self.options.default_deadline
     }
 
-    pub(crate) fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
-        if self.shutdown.is_triggered() {
-            return Err(ApiError::new(ErrorCode::Stopping, "this coordinator is stopping; ask another one"));
+    /// An error once this process is to stop.
+    pub(crate) fn check_running(&self) -> Result<(), ApiError> {
+        match self.shutdown.is_triggered() {
+            true => Err(ApiError::new(ErrorCode::Stopping, "this coordinator is stopping; ask another one")),
+            false => Ok(()),
         }
+    }
+
+    pub(crate) fn stream_permit(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        self.check_running()?;
         self.streams.clone().try_acquire_owned().map_err(|_| {
             let limit = self.options.max_streams;
             ApiError::new(ErrorCode::TooManyRequests, format!("{limit} streams are open at this coordinator"))
@@ -106,33 +122,48 @@ impl Images {
         trace: &trace::Context,
     ) -> Result<(String, Option<Tail>), ApiError> {
         validate::syntax(&request)?;
-        let hash = Bytes::copy_from_slice(blake3::hash(&request.encode_to_vec()).as_bytes());
         let key = request.idempotency_key.clone();
-        let mut id = names::new_job_id();
-        if !key.is_empty() {
-            let claim = IdempotencyRecord { job_id: id.clone(), request_hash: hash.clone() };
-            let standing = self.ledger.claim_key(&key, claim).await.map_err(unavailable)?;
-            if standing.request_hash != hash {
-                let message = format!("the idempotency key was used for another request, job {}", standing.job_id);
-                return Err(ApiError::new(ErrorCode::IdempotencyConflict, message).field("idempotency_key"));
-            }
-            id = standing.job_id;
-            if let Some(record) = self.ledger.job(&id).await.map_err(unavailable)? {
-                // Whoever created it may have died before it published the task. Published again, it is stored once.
-                if record.job.as_ref().is_some_and(|job| job.state() == JobState::Accepted) {
-                    self.publish(&record, trace).await?;
-                }
-                return Ok((id, None));
-            }
+        let hash = fingerprint(&request);
+        let id = names::new_job_id();
+        let prepared = self.prepare(id.clone(), request.clone()).await;
+        if key.is_empty() {
+            return Ok((id, self.begin(prepared?, trace).await?));
         }
-        let urgent = request.deadline.is_some();
-        let record = self.draft(id.clone(), request).await?;
-        if urgent {
-            self.check_deadline(&record).await?;
+        // A key is claimed for what can be done only: a refused request can be mended, and sent with the same key.
+        let standing = match &prepared {
+            Ok(_) => {
+                let claim = IdempotencyRecord { job_id: id.clone(), request_hash: hash.clone() };
+                Some(self.ledger.claim_key(&key, claim).await.map_err(unavailable)?)
+            }
+            Err(_) => self.ledger.claimed(&key).await.map_err(unavailable)?,
+        };
+        let Some(standing) = standing else { return Err(prepared.err().unwrap_or_else(incomplete)) };
+        if standing.request_hash != hash {
+            let message = format!("the idempotency key was used for another request, job {}", standing.job_id);
+            return Err(ApiError::new(ErrorCode::IdempotencyConflict, message).field("idempotency_key"));
         }
+        if let Some(record) = self.ledger.job(&standing.job_id).await.map_err(unavailable)? {
+            // Whoever created it may have died before it published the task. Published again, it is stored once.
+            if record.job.as_ref().is_some_and(|job| job.state() == JobState::Accepted) {
+                self.publish(&record, trace).await?;
+            }
+            return Ok((standing.job_id, None));
+        }
+        let (prepared, id) = (prepared?, standing.job_id);
+        let record = if job_id(&prepared) == id { prepared } else { self.draft(id.clone(), request).await? };
         // None if another request with the same key was quicker.
         let tail = self.begin(record, trace).await?;
         Ok((id, tail))
+    }
+
+    /// A job that can be accepted now, and done in the time it has.
+    async fn prepare(&self, id: String, request: GenerateRequest) -> Result<JobRecord, ApiError> {
+        let urgent = request.deadline.is_some();
+        let record = self.draft(id, request).await?;
+        if urgent {
+            self.check_deadline(&record).await?;
+        }
+        Ok(record)
     }
 
     /// Makes a job durable and its task with it; the job comes back with its events. `None` if there is one of its id.
@@ -256,7 +287,7 @@ impl Images {
     /// stored again.
     pub(crate) async fn publish(&self, record: &JobRecord, trace: &trace::Context) -> Result<(), ApiError> {
         let (Some(job), Some(model)) = (&record.job, &record.model) else {
-            return Err(ApiError::new(ErrorCode::Internal, "a job record is incomplete"));
+            return Err(incomplete());
         };
         self.directory.declare(model).await.map_err(unavailable)?;
         let request = job.request.clone().unwrap_or_default();

@@ -4,15 +4,19 @@ use std::time::Duration;
 
 use efferent_bus::ledger::Ledger;
 use efferent_proto::v1::{
-    batch_service_server::BatchServiceServer, cluster_service_server::ClusterServiceServer,
-    dead_service_server::DeadServiceServer, image_service_server::ImageServiceServer,
-    object_service_server::ObjectServiceServer, signal_service_server::SignalServiceServer,
+    batch_service_server::{self, BatchServiceServer},
+    cluster_service_server::{self, ClusterServiceServer},
+    dead_service_server::{self, DeadServiceServer},
+    image_service_server::{self, ImageServiceServer},
+    object_service_server::{self, ObjectServiceServer},
+    signal_service_server::{self, SignalServiceServer},
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use futures::StreamExt as _;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
+use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     batches::{self, Batches},
@@ -92,12 +96,7 @@ pub async fn run(
     let dead = Dead::new(ledger.clone(), images.clone());
     let cluster = Cluster::new(ledger, directory, images.clone());
     let (health, health_service) = tonic_health::server::health_reporter();
-    health.set_serving::<ImageServiceServer<Images>>().await;
-    health.set_serving::<BatchServiceServer<Batches>>().await;
-    health.set_serving::<ObjectServiceServer<Objects>>().await;
-    health.set_serving::<DeadServiceServer<Dead>>().await;
-    health.set_serving::<SignalServiceServer<Signals>>().await;
-    health.set_serving::<ClusterServiceServer<Cluster>>().await;
+    tell(&health, ServingStatus::Serving).await;
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(efferent_proto::FILE_DESCRIPTOR_SET)
@@ -133,7 +132,7 @@ pub async fn run(
         async move {
             shutdown.requested().await;
             readiness.set(false);
-            health.set_not_serving::<ImageServiceServer<Images>>().await;
+            tell(&health, ServingStatus::NotServing).await;
             tokio::time::sleep(grace).await;
             tracing::warn!("calls were still open at the end of the grace period");
         }
@@ -147,6 +146,21 @@ pub async fn run(
     // It lets its lease go, so that another coordinator need not wait for that.
     let _ = tokio::time::timeout(Duration::from_secs(2), dispatching).await;
     outcome
+}
+
+/// Tells who asks after the health of any service, or of the whole.
+async fn tell(health: &HealthReporter, status: ServingStatus) {
+    for service in [
+        "",
+        image_service_server::SERVICE_NAME,
+        batch_service_server::SERVICE_NAME,
+        object_service_server::SERVICE_NAME,
+        dead_service_server::SERVICE_NAME,
+        signal_service_server::SERVICE_NAME,
+        cluster_service_server::SERVICE_NAME,
+    ] {
+        health.set_service_status(service, status).await;
+    }
 }
 
 async fn measure(cluster: Cluster, interval: Duration) {

@@ -42,8 +42,12 @@ pub fn strength(request: &GenerateRequest) -> f64 {
     if request.init_image.is_none() {
         return 1.0;
     }
-    let given = request.strength.unwrap_or(DEFAULT_STRENGTH);
-    given.to_string().parse().unwrap_or_else(|_| f64::from(given))
+    as_typed(request.strength.unwrap_or(DEFAULT_STRENGTH))
+}
+
+/// A number as it was typed: the shortest that 32 bits keep so.
+pub fn as_typed(number: f32) -> f64 {
+    number.to_string().parse().unwrap_or_else(|_| f64::from(number))
 }
 
 /// About how many steps of a request that has every default filled in are made.

@@ -7,13 +7,13 @@ use efferent_proto::{
     ApiError, names,
     v1::{
         BatchHeader, BatchItems, BatchState, CancelBatchRequest, ErrorCode, GenerateRequest, GetBatchRequest,
-        ItemState, PutObjectRequest, SubmitBatchRequest, SubmitBatchResponse,
+        ItemState, ListModelsRequest, Model, PutObjectRequest, SubmitBatchRequest, SubmitBatchResponse,
         object_service_client::ObjectServiceClient, submit_batch_request::Part,
     },
 };
 use efferent_tests::{
     batches::{Client, end, id, items, key, results, submit},
-    calls::{generate, kind, request},
+    calls::{PATIENCE, generate, kind, request},
     local::Cluster,
     processes,
 };
@@ -263,4 +263,40 @@ async fn a_batch_that_cannot_be_read_does_not_hold_up_others() {
         let batch = client.get_batch(GetBatchRequest { batch_id }).await.expect("it is known").into_inner();
         assert_eq!((batch.state(), batch.succeeded), (BatchState::Running, 0));
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn items_whose_model_has_no_worker_do_not_hold_up_others() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let _workers = (cluster.quick_brain().await, cluster.sim_hand(Duration::ZERO).await);
+    cluster.settled().await;
+    let mut client = Client::new(coordinator.channel().await);
+    let mut models = coordinator.cluster_client().await;
+    let known = models.list_models(ListModelsRequest {}).await.expect("models").into_inner().models.remove(0);
+    let other =
+        Model { name: "other".to_owned(), brain: "other".to_owned(), hand: "other".to_owned(), ..known.clone() };
+    cluster.ledger.register_model(&other).await.expect("registers");
+    let known_by_both = async {
+        while models.list_models(ListModelsRequest {}).await.expect("models").into_inner().models.len() < 2 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, known_by_both).await.expect("the model is heard of");
+    let mut wanted = items(60);
+    wanted.iter_mut().for_each(|item| item.model = known.name.clone());
+    wanted[..40].iter_mut().for_each(|item| item.model = "other".to_owned());
+    let batch_id = id(&submit(&mut client, key(""), &wanted).await.expect("the batch is accepted"));
+    let all_else = async {
+        loop {
+            let wanted = GetBatchRequest { batch_id: batch_id.clone() };
+            let batch = client.get_batch(wanted).await.expect("it is known").into_inner();
+            if batch.succeeded == 20 {
+                return batch;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let batch = tokio::time::timeout(PATIENCE, all_else).await.expect("the others are drawn");
+    assert_eq!((batch.state(), batch.failed), (BatchState::Running, 0));
 }

@@ -4,8 +4,9 @@ use std::{collections::HashSet, time::Duration};
 
 use efferent_bus::{Bucket, ledger::Options};
 use efferent_proto::v1::{
-    CancelJobRequest, ErrorCode, GetImageRequest, GetJobRequest, GetStatusRequest, ImageFormat, JobState, Lane,
-    ListModelsRequest, ListWorkersRequest, Size, WatchJobRequest, WorkerRole, WorkerState, job_event::Event,
+    CancelJobRequest, ErrorCode, GenerateRequest, GetImageRequest, GetJobRequest, GetStatusRequest, ImageFormat,
+    JobState, Lane, ListModelsRequest, ListWorkersRequest, Size, WatchJobRequest, WorkerRole, WorkerState,
+    job_event::Event,
 };
 use efferent_tests::{
     calls::{all, code, durable, generate, job, kind, refused, request, until, watch},
@@ -173,12 +174,20 @@ async fn an_idempotency_key_stands_for_one_job() {
     let again = generate(&mut b, wanted.clone()).await;
     assert!(matches!(&again[0].event, Some(Event::Accepted(accepted)) if accepted.existing));
     assert_eq!(again[0].job_id, one[0].job_id);
+    // Whether the images come along changes nothing.
+    let again = generate(&mut a, GenerateRequest { inline_images: !wanted.inline_images, ..wanted.clone() }).await;
+    assert_eq!(again[0].job_id, one[0].job_id);
     assert_eq!(cluster.ledger.bus().list(Bucket::Jobs).await.expect("jobs").len(), 1);
     // Another request under the same key.
     wanted.prompt = "a dog".to_owned();
-    let error = refused(&mut a, wanted).await;
+    let error = refused(&mut a, wanted.clone()).await;
     assert_eq!((error.code, error.field.as_str()), (ErrorCode::IdempotencyConflict, "idempotency_key"));
     assert!(error.message.contains(&one[0].job_id));
+    // One that was refused has not used up its key.
+    let wrong = GenerateRequest { idempotency_key: "new".to_owned(), steps: Some(9999), ..wanted.clone() };
+    assert_eq!(refused(&mut a, wrong.clone()).await.field, "steps");
+    let mended = generate(&mut a, GenerateRequest { steps: Some(2), ..wrong }).await;
+    assert_eq!(durable(&mended, 0).last(), Some(&"done"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

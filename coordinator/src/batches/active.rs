@@ -1,7 +1,7 @@
 //! A batch while it is worked on: its items' states, what is released of it, and what comes next.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap, VecDeque},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -17,11 +17,16 @@ use efferent_proto::{
 use futures::{StreamExt as _, stream};
 
 use super::{AT_ONCE, Batches};
+use crate::directory::Directory;
 
 type Result<T, E = efferent_bus::Error> = std::result::Result<T, E>;
 
-/// How long nothing may be heard of a job before its record is read.
-pub(super) const PATIENCE: Duration = Duration::from_secs(2);
+/// How long nothing may be heard of a job before its record is read: at first, and at most, twice as long each time. The word of an end is seldom lost, and
+/// thousands that take long must not be read all the time.
+const PATIENCE: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(16));
+
+/// Items that are looked at ahead: so many in a row may wait for a hand without keeping those behind them from theirs.
+const WINDOW: usize = CHUNK_ITEMS;
 
 /// A batch that is worked on.
 pub(super) struct Active {
@@ -30,16 +35,16 @@ pub(super) struct Active {
     record: BatchRecord,
     pub(super) revision: u64,
     chunks: Vec<Chunk>,
-    /// Items below this one do not wait.
+    /// Items below this one do not wait, or are looked at.
     next: u64,
-    /// The first item that waits, once it was looked for.
-    head: Option<Head>,
+    /// The first items that wait, by the hand that will draw them (empty if there is none), in order.
+    ahead: BTreeMap<String, VecDeque<Head>>,
     /// Released and not ended, by job.
     pub(super) open: HashMap<String, Open>,
     changed: bool,
 }
 
-/// The item that comes next.
+/// An item that waits.
 #[derive(Debug, Clone)]
 pub(super) struct Head {
     pub(super) index: u64,
@@ -47,8 +52,6 @@ pub(super) struct Head {
     pub(super) request: GenerateRequest,
     /// The hand that will draw it; empty if there is none.
     pub(super) hand: String,
-    /// Seconds of a hand that it will take, as far as is known.
-    pub(super) cost: f64,
 }
 
 /// A released item.
@@ -56,8 +59,27 @@ pub(super) struct Head {
 pub(super) struct Open {
     pub(super) index: u64,
     pub(super) hand: String,
-    /// When something was last heard of it.
-    pub(super) heard: Instant,
+    /// Seconds of a hand that it takes, as far as is known.
+    pub(super) cost: f64,
+    /// When something was last heard of it, and how long nothing may be.
+    heard: Instant,
+    patience: Duration,
+}
+
+impl Open {
+    fn new(index: u64, hand: String, cost: f64) -> Self {
+        Self { index, hand, cost, heard: Instant::now(), patience: PATIENCE.0 }
+    }
+
+    /// Whether its job is to be looked at; then it will be, and not soon again. One that is being cancelled is not left alone for long.
+    pub(super) fn is_silent(&mut self, cancelling: bool) -> bool {
+        let (least, most) = PATIENCE;
+        let silent = self.heard.elapsed() >= if cancelling { self.patience.min(least) } else { self.patience };
+        if silent {
+            (self.heard, self.patience) = (Instant::now(), (self.patience * 2).clamp(least, most));
+        }
+        silent
+    }
 }
 
 struct Chunk {
@@ -82,7 +104,7 @@ impl Active {
             revision,
             chunks: Vec::new(),
             next: 0,
-            head: None,
+            ahead: BTreeMap::new(),
             open: HashMap::new(),
             changed: true,
         };
@@ -93,13 +115,13 @@ impl Active {
             })?;
             active.chunks.push(Chunk { record, revision, items: None, changed: false });
         }
-        // Long ago: whether they have ended is looked up at once.
-        let long_ago = Instant::now().checked_sub(PATIENCE).unwrap_or_else(Instant::now);
         for index in 0..active.batch.item_count {
             if active.state(index) == ItemState::Running {
                 let job_id = active.job_id(index);
                 // Its hand is not known; that it counts for none lets a few more be released, once.
-                active.open.insert(job_id, Open { index, hand: String::new(), heard: long_ago });
+                // Whether they have ended is looked up at once.
+                let open = Open { patience: Duration::ZERO, ..Open::new(index, String::new(), 0.0) };
+                active.open.insert(job_id, open);
             }
         }
         Ok(active)
@@ -137,7 +159,7 @@ impl Active {
         item_job_id(&self.batch.batch_id, index, tries)
     }
 
-    /// The first item that waits.
+    /// The first item that waits and was not looked at.
     fn waiting(&mut self) -> Option<u64> {
         while self.next < self.batch.item_count && self.state(self.next) != ItemState::Waiting {
             self.next += 1;
@@ -147,45 +169,69 @@ impl Active {
 
     /// Calls off every item that waits.
     pub(super) fn call_off(&mut self) {
-        self.head = None;
+        for head in std::mem::take(&mut self.ahead).into_values().flatten() {
+            self.set(head.index, ItemState::Cancelled);
+        }
         while let Some(index) = self.waiting() {
             self.set(index, ItemState::Cancelled);
         }
     }
 
-    /// Looks for the item that comes next, unless it is known.
+    /// Looks at the items that come next.
     pub(super) async fn look(&mut self, batches: &Batches) -> Result<()> {
-        if self.head.is_some() || self.cancelling() {
-            return Ok(());
+        let mut looked: usize = self.ahead.values().map(VecDeque::len).sum();
+        while looked < WINDOW && !self.cancelling() {
+            let Some(index) = self.waiting() else { break };
+            let mut request = match self.request(batches, index).await {
+                Ok(request) => request,
+                // Those before it come first.
+                Err(_) if looked > 0 => break,
+                Err(error) => return Err(error),
+            };
+            request.tenant = self.batch.tenant.clone();
+            let hand = batches.directory.work(&request).map(|(hand, _)| hand).unwrap_or_default();
+            self.wait(Head { index, job_id: self.job_id(index), request, hand });
+            self.next = index + 1;
+            looked += 1;
         }
-        let Some(index) = self.waiting() else { return Ok(()) };
-        let mut request = self.request(batches, index).await?;
-        request.tenant = self.batch.tenant.clone();
-        let (hand, cost) = batches.directory.work(&request).unwrap_or_default();
-        self.head = Some(Head { index, job_id: self.job_id(index), request, hand, cost });
         Ok(())
     }
 
-    /// The item that comes next, as far as it was looked for.
-    pub(super) fn head(&self) -> Option<&Head> {
-        self.head.as_ref()
+    /// Looks again for the hands of items that had none.
+    pub(super) fn look_for_hands(&mut self, directory: &Directory) {
+        for mut head in self.ahead.remove("").unwrap_or_default() {
+            head.hand = directory.work(&head.request).map(|(hand, _)| hand).unwrap_or_default();
+            self.wait(head);
+        }
     }
 
-    /// Takes the item that comes next, as running.
-    pub(super) fn take(&mut self) -> Option<Head> {
-        let head = self.head.take()?;
+    fn wait(&mut self, head: Head) {
+        let line = self.ahead.entry(head.hand.clone()).or_default();
+        line.insert(line.partition_point(|other| other.index < head.index), head);
+    }
+
+    /// The items that come next, one for each hand.
+    pub(super) fn heads(&self) -> impl Iterator<Item = &Head> {
+        self.ahead.values().filter_map(VecDeque::front)
+    }
+
+    /// Takes the item that comes next for a hand, as running.
+    pub(super) fn take(&mut self, hand: &str, cost: f64) -> Option<Head> {
+        let line = self.ahead.get_mut(hand)?;
+        let head = line.pop_front()?;
+        if line.is_empty() {
+            self.ahead.remove(hand);
+        }
         self.set(head.index, ItemState::Running);
-        let open = Open { index: head.index, hand: head.hand.clone(), heard: Instant::now() };
-        self.open.insert(head.job_id.clone(), open);
+        self.open.insert(head.job_id.clone(), Open::new(head.index, head.hand.clone(), cost));
         Some(head)
     }
 
-    /// Puts an item back that could not be released.
-    pub(super) fn put_back(&mut self, head: &Head) {
+    /// Puts an item back that could not be released. Its hand is looked for again.
+    pub(super) fn put_back(&mut self, head: Head) {
         self.open.remove(&head.job_id);
         self.set(head.index, ItemState::Waiting);
-        self.next = self.next.min(head.index);
-        self.head = None;
+        self.wait(Head { hand: String::new(), ..head });
     }
 
     /// Takes down how a job has ended.

@@ -25,7 +25,7 @@ use futures::{StreamExt as _, stream};
 
 use super::{
     AT_ONCE, Batches,
-    active::{Active, Head, PATIENCE, settle, write},
+    active::{Active, Head, settle, write},
     lease::{Lease, RENEWAL},
     turns::Turns,
 };
@@ -155,9 +155,9 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>, turns: &
         if cancelling {
             one.call_off();
         }
+        one.look_for_hands(&batches.directory);
         for (job_id, open) in &mut one.open {
-            if open.heard.elapsed() >= PATIENCE {
-                open.heard = Instant::now();
+            if open.is_silent(cancelling) {
                 silent.push((job_id.clone(), cancelling));
             }
         }
@@ -175,14 +175,15 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>, turns: &
         settle(active, &job_id, state?);
     }
     turns.forget(active);
-    // An item that cannot be released now is not tried again in this round.
+    // If an item cannot be released now, no other of its batch for that hand is tried in this round.
     let mut stuck = HashSet::new();
     loop {
         let mut taken = Vec::new();
         while taken.len() < AT_ONCE {
-            look_ahead(batches, active, &stuck).await;
-            let Some(id) = turns.next(&batches.gate, &batches.directory, active, &stuck) else { break };
-            let head = active.get_mut(&id).and_then(Active::take);
+            look_ahead(batches, active).await;
+            let next = turns.next(&batches.gate, &batches.directory, active, &stuck);
+            let Some((id, hand, cost)) = next else { break };
+            let head = active.get_mut(&id).and_then(|one| one.take(&hand, cost));
             taken.extend(head.map(|head| (id, head)));
         }
         if taken.is_empty() {
@@ -202,20 +203,21 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>, turns: &
                 Ok(false) => settle(active, &head.job_id, JobState::Failed),
                 Err(error) => {
                     tracing::debug!(batch_id = id, index = head.index, %error, "not released yet");
+                    // Those who have no hand now are in the same line.
+                    stuck.extend([(id.clone(), head.hand.clone()), (id.clone(), String::new())]);
                     if let Some(one) = active.get_mut(&id) {
-                        one.put_back(&head);
+                        one.put_back(head);
                     }
-                    stuck.insert(id);
                 }
             }
         }
     }
 }
 
-/// Has every batch know which of its items comes next.
-async fn look_ahead(batches: &Batches, active: &mut HashMap<String, Active>, stuck: &HashSet<String>) {
+/// Has every batch know which of its items come next.
+async fn look_ahead(batches: &Batches, active: &mut HashMap<String, Active>) {
     let mut unread = Vec::new();
-    for (id, one) in active.iter_mut().filter(|(id, _)| !stuck.contains(*id)) {
+    for (id, one) in active.iter_mut() {
         if let Err(error) = one.look(batches).await {
             unread.push((id.clone(), error));
         }

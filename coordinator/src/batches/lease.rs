@@ -40,9 +40,15 @@ impl Lease {
         Ok(renewed.is_some())
     }
 
-    /// Lets it go, so that another need not wait.
+    /// Lets it go, so that another need not wait; unless another has taken it meanwhile, who must keep it.
     pub(super) async fn release(self) {
-        if let Err(error) = self.bus.delete(Bucket::Leases, self.name).await {
+        let standing = match self.bus.get(Bucket::Leases, self.name).await {
+            Ok(standing) => standing,
+            Err(error) => return tracing::debug!(%error, "a lease runs out by itself"),
+        };
+        if standing.is_some_and(|entry| entry.revision == self.revision)
+            && let Err(error) = self.bus.delete(Bucket::Leases, self.name).await
+        {
             tracing::debug!(%error, "a lease runs out by itself");
         }
     }

@@ -11,7 +11,10 @@ mod retry;
 mod submit;
 mod turns;
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use efferent_bus::ledger::{
     Ledger,
@@ -29,6 +32,7 @@ use efferent_proto::{
     },
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
+use tokio::sync::Semaphore;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
@@ -46,6 +50,8 @@ const USUAL_LIST: usize = 100;
 const MAX_LIST: usize = 1000;
 /// Items whose jobs are read at once for a list.
 const READS: usize = 32;
+/// Files of items, of up to 64 MiB, that are read at once.
+const FILES: usize = 2;
 /// Jobs made, read or cancelled, and chunks read or written, at once.
 const AT_ONCE: usize = 16;
 
@@ -56,6 +62,8 @@ pub struct Batches {
     directory: Directory,
     images: Images,
     gate: Gate,
+    /// Of those who read a file of items.
+    files: Arc<Semaphore>,
 }
 
 fn unknown(id: &str) -> ApiError {
@@ -65,7 +73,7 @@ fn unknown(id: &str) -> ApiError {
 impl Batches {
     /// A service on these records, which makes jobs as `images` does.
     pub fn new(ledger: Ledger, directory: Directory, images: Images, gate: Gate) -> Self {
-        Self { ledger, directory, images, gate }
+        Self { ledger, directory, images, gate, files: Arc::new(Semaphore::new(FILES)) }
     }
 
     async fn known(&self, id: &str) -> Result<Revised<BatchRecord>, ApiError> {
@@ -128,10 +136,14 @@ impl Batches {
     ) -> Result<Vec<BatchItem>, efferent_bus::Error> {
         let Some((chunk, _)) = self.ledger.chunk(id, number).await? else { return Ok(Vec::new()) };
         let first = number * CHUNK_ITEMS as u64;
+        let wanted =
+            |at: usize| first + at as u64 >= start && (states.is_empty() || states.contains(&state(&chunk, at)));
+        if !(0..chunk.states.len()).any(wanted) {
+            return Ok(Vec::new());
+        }
         let requests = self.ledger.chunk_items(&chunk).await?;
-        let wanted = requests.into_iter().enumerate().map(|(at, request)| (at, first + at as u64, request));
-        let wanted = wanted
-            .filter(|(at, index, _)| *index >= start && (states.is_empty() || states.contains(&state(&chunk, *at))));
+        let wanted = requests.into_iter().enumerate().filter(|(at, _)| wanted(*at));
+        let wanted = wanted.map(|(at, request)| (at, first + at as u64, request));
         let chunk = &chunk;
         let read = wanted.map(|(at, index, request)| self.item(id, chunk, at, index, request));
         futures::stream::iter(read.collect::<Vec<_>>()).buffered(READS).try_collect().await
@@ -201,7 +213,11 @@ impl BatchService for Batches {
     ) -> Result<Response<Self::WatchBatchStream>, Status> {
         let started = Instant::now();
         let id = request.into_inner().batch_id;
-        let (record, revision) = count("WatchBatch", started, self.known(&id).await)?;
+        let known = async {
+            let permit = self.images.stream_permit()?;
+            Ok((self.known(&id).await?, permit))
+        };
+        let ((record, revision), permit) = count("WatchBatch", started, known.await)?;
         let (batches, first) = (self.clone(), record.batch.clone().unwrap_or_default());
         let over = is_over(first.state());
         let changes = futures::stream::try_unfold((revision, over), move |(mut last, over)| {
@@ -212,6 +228,7 @@ impl BatchService for Batches {
                 }
                 loop {
                     tokio::time::sleep(LOOK).await;
+                    batches.images.check_running()?;
                     let (record, revision) = batches.known(&id).await.map_err(Status::from)?;
                     if revision != last {
                         last = revision;
@@ -222,7 +239,12 @@ impl BatchService for Batches {
                 }
             }
         });
-        Ok(Response::new(futures::stream::once(std::future::ready(Ok(first))).chain(changes).boxed()))
+        let told = futures::stream::once(std::future::ready(Ok(first))).chain(changes);
+        let held = told.map(move |batch| {
+            let _counts = &permit;
+            batch
+        });
+        Ok(Response::new(held.boxed()))
     }
 
     async fn list_batch_results(

@@ -115,6 +115,8 @@ impl Batches {
         if !(hash.len() == 64 && hash.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))) {
             return Err(unknown());
         }
+        // It is held whole until its items are stored, so not by everyone at once.
+        let _turn = self.files.acquire().await;
         let file = read_object(self.ledger.bus().as_ref(), hash).await.map_err(unavailable)?.ok_or_else(unknown)?;
         let lines = file.split(|byte| *byte == b'\n').zip(1..).filter(|(line, _)| !line.trim_ascii().is_empty());
         for (line, number) in lines {

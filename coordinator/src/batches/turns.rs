@@ -5,12 +5,17 @@ use std::{
     time::Instant,
 };
 
-use super::{active::Active, fair::Fair};
+use super::{
+    active::{Active, Head},
+    fair::Fair,
+};
 use crate::{directory::Directory, tenants::Gate};
 
-/// Fewest items that are released ahead for a hand, and how many for each place of its live workers: enough that none waits for the
-/// dispatcher, few enough that an order in the queue is soon worked off.
-const AHEAD: (usize, usize) = (32, 2);
+/// Items that are released ahead for each place of a hand's live workers: enough that none waits for the dispatcher, few enough that an order in the
+/// queue is soon worked off.
+const AHEAD: usize = 2;
+/// More of them, up to so many, if all are done within this time.
+const SHORT: (usize, f64) = (32, 2.0);
 
 /// Whose turn it is.
 #[derive(Debug, Default)]
@@ -21,43 +26,52 @@ pub(super) struct Turns {
 }
 
 impl Turns {
-    /// The batch whose item is next, of those that are not `stuck`, whose hand has room, and whose tenant may have another item running. It counts as given.
+    /// The batch whose item is next, the item's hand, and what it costs: of those that are not `stuck`, whose hand has room, and whose tenant may have another
+    /// item running. It counts as given.
     pub(super) fn next(
         &mut self,
         gate: &Gate,
         directory: &Directory,
         active: &HashMap<String, Active>,
-        stuck: &HashSet<String>,
-    ) -> Option<String> {
-        let mut by_hand: HashMap<&str, usize> = HashMap::new();
+        stuck: &HashSet<(String, String)>,
+    ) -> Option<(String, String, f64)> {
+        let mut by_hand: HashMap<&str, (usize, f64)> = HashMap::new();
         let mut by_tenant: HashMap<&str, usize> = HashMap::new();
         for one in active.values() {
             *by_tenant.entry(one.tenant()).or_default() += one.open.len();
             for open in one.open.values() {
-                *by_hand.entry(&open.hand).or_default() += 1;
+                let (items, seconds) = by_hand.entry(&open.hand).or_default();
+                (*items, *seconds) = (*items + 1, *seconds + open.cost);
             }
         }
         let mut room: HashMap<&str, bool> = HashMap::new();
-        let mut waiting: HashMap<&String, Vec<&String>> = HashMap::new();
-        for (id, one) in active.iter().filter(|(id, _)| !stuck.contains(*id)) {
-            let Some(head) = one.head() else { continue };
-            let held = by_hand.get(head.hand.as_str()).copied().unwrap_or(0);
-            let has_room = *room
-                .entry(&head.hand)
-                .or_insert_with(|| held < AHEAD.0.max(AHEAD.1 * directory.hand_capacity(&head.hand)));
+        let mut waiting: HashMap<&String, HashMap<&String, &Head>> = HashMap::new();
+        for (id, one) in active {
             let running = by_tenant.get(one.tenant()).copied().unwrap_or(0);
-            if has_room && running < gate.terms(one.tenant()).running {
-                waiting.entry(&one.batch.tenant).or_default().push(id);
+            if running >= gate.terms(one.tenant()).running {
+                continue;
+            }
+            let may_go = one.heads().filter(|head| {
+                let held = by_hand.get(head.hand.as_str()).copied().unwrap_or_default();
+                let room =
+                    room.entry(&head.hand).or_insert_with(|| has_room(held, directory.hand_capacity(&head.hand)));
+                *room && !stuck.contains(&(id.clone(), head.hand.clone()))
+            });
+            if let Some(first) = may_go.min_by_key(|head| head.index) {
+                waiting.entry(&one.batch.tenant).or_default().insert(id, first);
             }
         }
         let now = Instant::now();
         let tenant = self.tenants.next(waiting.keys().copied(), now)?;
         let batches = self.batches.entry(tenant.clone()).or_default();
-        let id = batches.next(waiting.get(&tenant)?.iter().copied(), now)?;
-        let cost = active.get(&id)?.head()?.cost.max(f64::MIN_POSITIVE);
-        batches.charge(&id, cost, 1.0, now);
-        self.tenants.charge(&tenant, cost, gate.terms(&tenant).weight, now);
-        Some(id)
+        let heads = waiting.get(&tenant)?;
+        let id = batches.next(heads.keys().copied(), now)?;
+        let head = heads.get(&id)?;
+        let cost = directory.work(&head.request).map_or(0.0, |(_, cost)| cost);
+        let charge = cost.max(f64::MIN_POSITIVE);
+        batches.charge(&id, charge, 1.0, now);
+        self.tenants.charge(&tenant, charge, gate.terms(&tenant).weight, now);
+        Some((id, head.hand.clone(), cost))
     }
 
     /// Forgets batches that are over, and tenants without any.
@@ -68,5 +82,28 @@ impl Turns {
         for batches in self.batches.values_mut() {
             batches.keep(|id| active.contains_key(id));
         }
+    }
+}
+
+/// Whether a hand with so many places may have another item, beside those it has been given: how many, and how many seconds of a hand they take.
+fn has_room((items, seconds): (usize, f64), places: usize) -> bool {
+    let (most, time) = SHORT;
+    items < AHEAD * places || (items < most && seconds < time * places.max(1) as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_released_ahead_is_soon_worked_off() {
+        // Of 15 s each, two for each of two places; of 10 ms each, as many as are done in 2 s; and no more than 32 of what is not known.
+        let most =
+            |cost: f64, places| (0..1000).take_while(|items| has_room((*items, *items as f64 * cost), places)).count();
+        assert_eq!(most(15.0, 2), 4);
+        assert_eq!(most(0.01, 1), 32);
+        assert_eq!(most(0.5, 1), 4);
+        assert_eq!(most(0.5, 40), 80);
+        assert_eq!(most(0.0, 0), 32);
     }
 }

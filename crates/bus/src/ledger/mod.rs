@@ -268,15 +268,19 @@ impl Ledger {
 
     /// Ties an idempotency key to a job, unless it is tied. Returns the record that stands.
     pub async fn claim_key(&self, key: &str, record: IdempotencyRecord) -> Result<IdempotencyRecord> {
-        // Keys are the caller's text; their hash is a valid name.
-        let name = blake3::hash(key.as_bytes()).to_hex();
-        if self.bus.create(Bucket::Idempotency, &name, encode(&record), Some(self.options.retention)).await?.is_some() {
+        let (name, value) = (key_name(key), encode(&record));
+        if self.bus.create(Bucket::Idempotency, &name, value, Some(self.options.retention)).await?.is_some() {
             return Ok(record);
         }
+        let standing = self.claimed(key).await?;
+        standing.ok_or_else(|| Error::Unavailable { what: "idempotency key expired just now".to_owned(), source: None })
+    }
+
+    /// What an idempotency key is tied to.
+    pub async fn claimed(&self, key: &str) -> Result<Option<IdempotencyRecord>> {
+        let name = key_name(key);
         let entry = self.bus.get(Bucket::Idempotency, &name).await?;
-        let entry = entry
-            .ok_or_else(|| Error::Unavailable { what: "idempotency key expired just now".to_owned(), source: None })?;
-        decode(&entry.value, "idempotency key", &name)
+        entry.map(|entry| decode(&entry.value, "idempotency key", &name)).transpose()
     }
 
     /// Registers or renews a worker. It vanishes after `ttl` unless renewed.
@@ -297,6 +301,11 @@ impl Ledger {
         }
         self.bus.put(Bucket::Models, &model.name, value, None).await.map(drop)
     }
+}
+
+/// Keys are the caller's text; their hash is a valid name.
+fn key_name(key: &str) -> String {
+    blake3::hash(key.as_bytes()).to_hex().to_string()
 }
 
 /// What is known of a job when its entry was just read or written.

@@ -60,8 +60,10 @@ impl Ledger {
             signal: Some(signal.clone()),
             known: known.clone(),
         };
+        // A job that was taken back for want of room may be made again under its id, and the queue must not take its tasks for those that were dropped.
+        let made = job.created_at.as_ref().map_or(0, |at| time::unix_ms(time::system_time(at)));
         let new = |image_index| NewTask {
-            key: names::image_key(&job.job_id, image_index),
+            key: format!("{}.{made}", names::image_key(&job.job_id, image_index)),
             job: job.job_id.clone(),
             headers: headers.clone(),
             payload: encode(&task(image_index)),
