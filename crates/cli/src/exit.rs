@@ -19,7 +19,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// The command line is malformed.
     Usage = 2,
-    /// The request is refused: a field, a limit, an unknown model or job.
+    /// The request is refused: a field, a limit, a signal of another space, something unknown.
     Refused = 3,
     /// The server, a worker or the queue cannot be had now. Trying again may help.
     Unavailable = 4,
@@ -53,7 +53,7 @@ Exit codes:
     0  done
     1  the job failed, or an internal fault
     2  malformed command line
-    3  refused: a field or limit of the request, an unknown model, job or image
+    3  refused: a field or limit of the request, a signal of another space, an unknown model, job, image, batch or signal
     4  not available now (no server, no worker, queue full, a device that is held): trying again may help
     5  the job was cancelled
     6  the job's deadline passed
@@ -163,6 +163,7 @@ fn exit_of(code: ErrorCode) -> Exit {
         ErrorCode::InvalidField
         | ErrorCode::LimitExceeded
         | ErrorCode::NotOffered
+        | ErrorCode::SpaceMismatch
         | ErrorCode::UnknownModel
         | ErrorCode::UnknownJob
         | ErrorCode::UnknownImage
@@ -180,11 +181,7 @@ fn exit_of(code: ErrorCode) -> Exit {
         | ErrorCode::Stopping => Exit::Unavailable,
         ErrorCode::Cancelled => Exit::Cancelled,
         ErrorCode::Expired => Exit::Expired,
-        ErrorCode::SpaceMismatch
-        | ErrorCode::Engine
-        | ErrorCode::AttemptsExhausted
-        | ErrorCode::Internal
-        | ErrorCode::Unspecified => Exit::Failed,
+        ErrorCode::Engine | ErrorCode::AttemptsExhausted | ErrorCode::Internal | ErrorCode::Unspecified => Exit::Failed,
     }
 }
 
@@ -235,6 +232,9 @@ mod tests {
         let Failure::Told { exit, error } = Failure::status(&status) else { panic!("is told") };
         assert_eq!(exit, Exit::Unavailable);
         assert_eq!(sentence(&error), "no live hand (NO_WORKER, try again after 5s)");
+
+        let status = Status::from(ApiError::new(ErrorCode::SpaceMismatch, "another space").field("model"));
+        assert!(matches!(Failure::status(&status), Failure::Told { exit: Exit::Refused, .. }));
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! | 0 | done |
 //! | 1 | the job failed, or an internal fault |
 //! | 2 | malformed command line |
-//! | 3 | refused: a field or limit of the request, an unknown model, job or image |
+//! | 3 | refused: a field or limit of the request, a signal of another space, an unknown model, job, image, batch or signal |
 //! | 4 | not available now (no server, no worker, queue full, a device that is held): trying again may help |
 //! | 5 | the job was cancelled |
 //! | 6 | the job's deadline passed |

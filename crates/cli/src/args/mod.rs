@@ -3,6 +3,8 @@
 //!
 //! Read in this order: this file (the commands), [`generate`] (what describes a picture).
 
+#[cfg(test)]
+mod documented;
 mod generate;
 
 use std::{path::PathBuf, time::Duration};
@@ -243,7 +245,9 @@ pub(crate) struct BatchSubmit {
     /// ("96x96"), "steps", "guidance_scale", "guidance_rescale", "guidance_start", "guidance_stop", "seed", "seeds", "image_count", "format" (png, jpeg, webp), "sampler", "signal_id" (instead of the prompt), "init_image", "mask"
     /// (a file beside this one, or the hash of one that the server keeps; with --as-file only that), "strength".
     pub(crate) file: PathBuf,
-    /// Folder for pictures (named after the item's number, from 000000) and results.jsonl, which has a line for each item that ended.
+    /// Folder for pictures (named after the item's number, from 000000) and results.jsonl, which has a line for each item that ended. What it
+    /// has is not fetched again, but for items that failed: they are asked for each time, as they may have been given another try. An item
+    /// that then ended anew has another line; the last one counts.
     #[arg(short, long, value_name = "FOLDER", default_value = "results")]
     pub(crate) output: PathBuf,
     /// Name to show. Default: the file's.
@@ -274,7 +278,8 @@ pub(crate) struct BatchSubmit {
 pub(crate) struct BatchFetch {
     /// The batch's id.
     pub(crate) batch: String,
-    /// Folder for pictures and results.jsonl.
+    /// Folder for pictures and results.jsonl, as of `batch submit`: after a retry, the same folder gets what is new, and of several lines
+    /// for an item the last one counts.
     #[arg(short, long, value_name = "FOLDER", default_value = "results")]
     pub(crate) output: PathBuf,
     /// Print the batch as JSON at the end.
@@ -407,6 +412,8 @@ pub(crate) fn command() -> Command {
         ("dead", "show", &[Group::Server]),
         ("dead", "replay", &[Group::Server]),
         ("dead", "drop", &[Group::Server]),
+        ("signal", "show", &[Group::Server]),
+        ("signal", "drop", &[Group::Server]),
     ] {
         command = command.mut_subcommand(family, |family| {
             family.mut_subcommand(name, |subcommand| with_settings(subcommand, groups, false))
@@ -439,6 +446,7 @@ fn groups() -> Vec<(&'static str, &'static [Group])> {
     for name in ["workers", "status", "top", "watch", "job", "cancel", "image"] {
         groups.push((name, &[Group::Server]));
     }
+    groups.push(("encode", &[Group::Server, Group::Model]));
     #[cfg(not(feature = "local"))]
     groups.extend([("generate", [Group::Server, Group::Model].as_slice()), ("models", &[Group::Server])]);
     #[cfg(feature = "local")]

@@ -1,11 +1,11 @@
 //! `efferent batch`: many prompts from a file, pictures and a list of results into a folder.
 //!
-//! The folder is the memory: what its `results.jsonl` names is not fetched again, so a collection that was interrupted goes on.
+//! The folder is the memory, kept in [`results`](super::results): what it has is not fetched again, so a collection that was interrupted
+//! goes on.
 
 use std::{
-    collections::BTreeSet,
-    fs::{File, OpenOptions},
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    fs::File,
+    io::Read as _,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -22,12 +22,12 @@ use efferent_proto::{
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
-use tokio::signal::ctrl_c;
+use tokio::{signal::ctrl_c, time::Instant};
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     args,
-    client::{Server, files, images, json, pictures},
+    client::{Server, files, images, json, pictures, results::Results},
     exit::{Exit, Failure},
     output, settings,
 };
@@ -38,10 +38,11 @@ const ITEMS: usize = 256;
 const PART: usize = 1024 * 1024;
 /// How often a server that does not answer is asked again, a second apart.
 const ATTEMPTS: u32 = 60;
+/// Pauses between listings, in times of the last one. A listing begins at the first item that is missing, and tells all that ended after
+/// it again: one slow item must not have a large batch listed at every change.
+const PAUSE: u32 = 9;
 /// Faults of a file that are told.
 const MAX_TOLD: usize = 10;
-/// The list of results.
-const RESULTS: &str = "results.jsonl";
 
 fn client(channel: Channel) -> BatchServiceClient<Channel> {
     BatchServiceClient::new(channel).max_decoding_message_size(super::MAX_MESSAGE)
@@ -178,33 +179,26 @@ pub(crate) async fn fetch(server: Server, args: &args::BatchFetch) -> Result<(),
     collect(server, &args.batch, &args.output, args.json).await
 }
 
-async fn collect(mut server: Server, id: &str, folder: &Path, json: bool) -> Result<(), Failure> {
-    let mut results = Results::open(folder, id)?;
+async fn collect(server: Server, id: &str, folder: &Path, json: bool) -> Result<(), Failure> {
+    let results = Results::open(folder, id)?;
     let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
     let shape = "{bar:30} {pos}/{len} {msg} {elapsed}, {eta} left";
     bar.set_style(ProgressStyle::with_template(shape).unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.enable_steady_tick(Duration::from_millis(200));
-    let mut attempts = 0;
-    let batch = loop {
-        let outcome = tokio::select! {
-            outcome = follow(&mut server, id, &mut results, &bar) => outcome,
-            _ = ctrl_c() => {
-                bar.finish_and_clear();
-                let rest = format!("efferent batch fetch {id} -o {}", folder.display());
-                return Err(Failure::words(Exit::Interrupted, format!("interrupted; the batch goes on, and `{rest}` collects the rest")));
-            }
-        };
-        match outcome {
-            Ok(batch) => break batch,
-            Err(Broken::Server(status)) => again(&mut server, &status, &mut attempts).await?,
-            Err(Broken::Here(failure)) => return Err(failure),
+    let mut collection = Collection { server, results, bar, attempts: 0 };
+    let collected = tokio::select! {
+        collected = collection.run() => collected,
+        _ = ctrl_c() => {
+            let rest = format!("efferent batch fetch {id} -o {}", folder.display());
+            Err(Failure::words(Exit::Interrupted, format!("interrupted; the batch goes on, and `{rest}` collects the rest")))
         }
     };
-    bar.finish_and_clear();
+    collection.bar.finish_and_clear();
+    let batch = collected?;
     if json {
         output::line(batch_json(&batch))?;
     } else {
-        output::line(results.path.display())?;
+        output::line(collection.results.path.display())?;
     }
     match batch.item_count - batch.succeeded {
         0 => Ok(()),
@@ -233,37 +227,93 @@ impl From<Failure> for Broken {
     }
 }
 
-/// Follows a batch to its end and fetches what has ended meanwhile.
-async fn follow(server: &mut Server, id: &str, results: &mut Results, bar: &ProgressBar) -> Result<Batch, Broken> {
-    let channel = server.connect().await?;
-    let mut batches = client(channel.clone());
-    let mut states = batches.watch_batch(WatchBatchRequest { batch_id: id.to_owned() }).await?.into_inner();
-    let mut last = None;
-    while let Some(batch) = states.message().await? {
-        bar.set_length(batch.item_count);
-        bar.set_message(format!("{} running, {} failed", batch.running, batch.failed));
-        let wanted = [ItemState::Succeeded, ItemState::Failed, ItemState::Cancelled].map(|state| state as i32);
-        let request = ListBatchResultsRequest {
-            batch_id: id.to_owned(),
-            start: results.first_missing(),
-            states: wanted.to_vec(),
-        };
-        let mut items = batches.list_batch_results(request).await?.into_inner();
-        while let Some(item) = items.message().await? {
-            if !results.has(item.index) {
-                let paths = pictures(&channel, &item, results).await?;
-                results.add(&item, &paths)?;
+fn is_over(batch: &Batch) -> bool {
+    matches!(batch.state(), BatchState::Ended | BatchState::Cancelled)
+}
+
+/// A batch whose results are being collected.
+struct Collection {
+    server: Server,
+    results: Results,
+    bar: ProgressBar,
+    /// Failures since the server last told what was asked of it.
+    attempts: u32,
+}
+
+impl Collection {
+    /// Follows the batch to its end, whatever breaks on the way.
+    async fn run(&mut self) -> Result<Batch, Failure> {
+        loop {
+            match self.follow().await {
+                Ok(batch) => return Ok(batch),
+                Err(Broken::Server(status)) => again(&mut self.server, &status, &mut self.attempts).await?,
+                Err(Broken::Here(failure)) => return Err(failure),
             }
-            bar.set_position(results.count());
         }
-        last = Some(batch);
     }
-    last.ok_or_else(|| Broken::Server(Status::unavailable("the batch's states ended without any")))
+
+    /// Follows the batch to its end and fetches what has ended meanwhile.
+    async fn follow(&mut self) -> Result<Batch, Broken> {
+        let channel = match self.server.connect().await {
+            Ok(channel) => channel,
+            // Never reached at all: whoever typed the address wants to know at once.
+            Err(failure) if self.attempts == 0 => return Err(failure.into()),
+            Err(_) => return Err(Status::unavailable("no server answers").into()),
+        };
+        let request = WatchBatchRequest { batch_id: self.results.id.clone() };
+        let mut states = client(channel.clone()).watch_batch(request).await?.into_inner();
+        let mut last: Option<Batch> = None;
+        // Whether something may have ended that was not listed, and when it may be.
+        let (mut stale, mut due) = (false, Instant::now());
+        loop {
+            tokio::select! {
+                batch = states.message() => {
+                    let Some(batch) = batch? else { break };
+                    self.bar.set_length(batch.item_count);
+                    self.bar.set_message(format!("{} running, {} failed", batch.running, batch.failed));
+                    (stale, last) = (true, Some(batch));
+                }
+                () = tokio::time::sleep_until(due), if stale => {}
+            }
+            let over = last.as_ref().is_some_and(is_over);
+            if over || Instant::now() >= due {
+                // What failed since this began may have been given another try, too.
+                let start = if over { self.results.first_open() } else { self.results.first_missing };
+                let took = self.list(&channel, start).await?;
+                (stale, due) = (false, Instant::now() + took * PAUSE);
+            }
+        }
+        last.filter(is_over).ok_or_else(|| Status::unavailable("the batch's states ended before the batch").into())
+    }
+
+    /// Fetches what has ended and is not here, from an item on. How long the listing took, pictures left out.
+    async fn list(&mut self, channel: &Channel, start: u64) -> Result<Duration, Broken> {
+        let wanted = [ItemState::Succeeded, ItemState::Failed, ItemState::Cancelled].map(|state| state as i32);
+        let request = ListBatchResultsRequest { batch_id: self.results.id.clone(), start, states: wanted.to_vec() };
+        let (begun, mut fetching) = (Instant::now(), Duration::ZERO);
+        let mut items = client(channel.clone()).list_batch_results(request).await?.into_inner();
+        while let Some(item) = items.message().await? {
+            if self.results.has(&item) {
+                self.results.heard(item.index);
+            } else {
+                let begun = Instant::now();
+                let paths = pictures(channel, &item, &self.results).await?;
+                self.results.add(&item, &paths)?;
+                fetching += begun.elapsed();
+                self.attempts = 0;
+            }
+            self.bar.set_position(self.results.count());
+        }
+        self.attempts = 0;
+        Ok(begun.elapsed().saturating_sub(fetching))
+    }
 }
 
 /// Fetches an item's pictures into files.
 async fn pictures(channel: &Channel, item: &BatchItem, results: &Results) -> Result<Vec<PathBuf>, Broken> {
     let mut paths = Vec::new();
+    // By what was asked for: what another try draws replaces what came of the one that failed.
+    let several = item.request.as_ref().is_some_and(|request| request.image_count() > 1 || request.seeds.len() > 1);
     for image in &item.images {
         let request = GetImageRequest { job_id: item.job_id.clone(), image_index: image.image_index };
         let mut chunks = images(channel.clone()).get_image(request).await?.into_inner();
@@ -272,107 +322,12 @@ async fn pictures(channel: &Channel, item: &BatchItem, results: &Results) -> Res
             data.extend_from_slice(&chunk.data);
         }
         let extension = json::format(image.format()).replace("jpeg", "jpg");
-        let number = if item.images.len() > 1 { format!("-{}", image.image_index + 1) } else { String::new() };
+        let number = if several { format!("-{}", image.image_index + 1) } else { String::new() };
         let path = results.folder.join(format!("{:06}{number}.{extension}", item.index));
         files::write(&path, &data)?;
         paths.push(path);
     }
     Ok(paths)
-}
-
-/// The folder of results.
-struct Results {
-    id: String,
-    folder: PathBuf,
-    path: PathBuf,
-    file: File,
-    written: BTreeSet<u64>,
-    /// Every item below it is written.
-    first_missing: u64,
-}
-
-impl Results {
-    fn open(folder: &Path, id: &str) -> Result<Self, Failure> {
-        let path = folder.join(RESULTS);
-        let wrong = |error: std::io::Error| {
-            Failure::new(Exit::File, anyhow::Error::new(error).context(format!("cannot use {}", path.display())))
-        };
-        std::fs::create_dir_all(folder).map_err(wrong)?;
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(wrong)?;
-        let mut written = BTreeSet::new();
-        let mut whole = true;
-        for line in BufReader::new(&file).split(b'\n') {
-            // The last line may have been cut off.
-            let Ok(value) = serde_json::from_slice::<Value>(&line.map_err(wrong)?) else {
-                whole = false;
-                continue;
-            };
-            if value["batch_id"] != id {
-                let message = format!("{} belongs to another batch, {}", path.display(), value["batch_id"]);
-                return Err(Failure::words(Exit::Usage, message));
-            }
-            written.extend(value["index"].as_u64());
-        }
-        if !whole {
-            file.write_all(b"\n").map_err(wrong)?;
-        }
-        let mut results = Self { id: id.to_owned(), folder: folder.to_owned(), path, file, written, first_missing: 0 };
-        results.advance();
-        Ok(results)
-    }
-
-    fn advance(&mut self) {
-        while self.written.remove(&self.first_missing) {
-            self.first_missing += 1;
-        }
-    }
-
-    fn first_missing(&self) -> u64 {
-        self.first_missing
-    }
-
-    fn has(&self, index: u64) -> bool {
-        index < self.first_missing || self.written.contains(&index)
-    }
-
-    fn count(&self) -> u64 {
-        self.first_missing + self.written.len() as u64
-    }
-
-    /// Writes an item down, after its pictures.
-    fn add(&mut self, item: &BatchItem, paths: &[PathBuf]) -> Result<(), Failure> {
-        let files = paths.iter().filter_map(|path| path.file_name()).map(|name| name.to_string_lossy());
-        let images: Vec<_> = item
-            .images
-            .iter()
-            .zip(files)
-            .map(|(image, file)| {
-                let mut value = json::image(image);
-                value["file"] = json!(file);
-                value
-            })
-            .collect();
-        let request = item.request.clone().unwrap_or_default();
-        let line = json!({
-            "batch_id": self.id,
-            "index": item.index,
-            "state": item_state(item.state()),
-            "prompt": request.prompt,
-            "job_id": item.job_id,
-            "images": images,
-            "error": item.error.as_ref().map(json::error),
-        });
-        let written = self.file.write_all(format!("{line}\n").as_bytes());
-        let context = |error| anyhow::Error::new(error).context(format!("cannot write {}", self.path.display()));
-        written.map_err(|error| Failure::new(Exit::File, context(error)))?;
-        self.written.insert(item.index);
-        self.advance();
-        Ok(())
-    }
-}
-
-fn item_state(state: ItemState) -> String {
-    json::short(state.as_str_name(), "ITEM_STATE_")
 }
 
 fn sums(batch: &Batch) -> String {
@@ -472,31 +427,4 @@ fn print(batch: &Batch, json: bool) -> Result<(), Failure> {
     }
     let state = json::short(batch.state().as_str_name(), "BATCH_STATE_");
     output::line(format_args!("{}  {state}  {} running, {}", batch.batch_id, batch.running, sums(batch)))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_folder_remembers_what_it_has_of_its_batch() {
-        let folder = tempfile::tempdir().unwrap();
-        let add = |results: &mut Results, index| {
-            results.add(&BatchItem { index, ..BatchItem::default() }, &[]).unwrap();
-        };
-        let mut results = Results::open(folder.path(), "one").unwrap();
-        for index in [0, 1, 3] {
-            add(&mut results, index);
-        }
-        assert_eq!((results.first_missing(), results.count(), results.has(2), results.has(3)), (2, 3, false, true));
-        drop(results);
-        // Cut off while a line was written.
-        OpenOptions::new().append(true).open(folder.path().join(RESULTS)).unwrap().write_all(b"{\"index\": 2").unwrap();
-        let mut results = Results::open(folder.path(), "one").unwrap();
-        assert_eq!((results.first_missing(), results.count()), (2, 3));
-        add(&mut results, 2);
-        drop(results);
-        assert_eq!(Results::open(folder.path(), "one").unwrap().first_missing(), 4);
-        assert!(Results::open(folder.path(), "two").is_err());
-    }
 }

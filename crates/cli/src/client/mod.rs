@@ -2,7 +2,7 @@
 //!
 //! Read in this order: this file (where coordinators are), [`follow`] (a job's events, whatever breaks on the way), [`generate`]
 //! (`efferent generate`), [`files`] (where pictures go), [`progress`] (what a person sees meanwhile), [`batch`]
-//! (many prompts from a file), [`dead`] (jobs that were given up), [`signals`] (control signals that are kept), [`jobs`] and [`cluster`] (the small commands), [`json`] (what scripts see), [`ready`] (asking an admin port).
+//! (many prompts from a file), [`results`] (the folder that they go to), [`dead`] (jobs that were given up), [`signals`] (control signals that are kept), [`jobs`] and [`cluster`] (the small commands), [`json`] (what scripts see), [`ready`] (asking an admin port).
 
 pub(crate) mod batch;
 pub(crate) mod cluster;
@@ -15,6 +15,7 @@ pub(crate) mod json;
 pub(crate) mod pictures;
 pub(crate) mod progress;
 pub(crate) mod ready;
+pub(crate) mod results;
 pub(crate) mod signals;
 mod terminal;
 pub(crate) mod top;

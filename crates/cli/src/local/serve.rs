@@ -247,9 +247,9 @@ async fn work(
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Failure> {
-    let devices = engines.devices();
+    let (devices, model) = (engines.devices(), engines.model().ok());
     if role == Role::Brain {
-        let options = efferent_brain::Options { activity, ..settings.brain };
+        let options = efferent_brain::Options { activity, model, ..settings.brain };
         let factory = engines.brain(&settings.home);
         let served = efferent_brain::run(options, factory, devices, ledger, readiness, shutdown).await;
         return served.map_err(|error| {
@@ -262,7 +262,7 @@ async fn work(
         });
     }
     let factory = engines.hand(settings.hand.tile_above);
-    let options = efferent_hand::Options { activity, ..settings.hand };
+    let options = efferent_hand::Options { activity, model, ..settings.hand };
     let served = efferent_hand::run(options, factory, devices, ledger, readiness, shutdown).await;
     served.map_err(|error| {
         let exit = match &error {
