@@ -8,7 +8,7 @@ use std::{
 };
 
 use efferent_proto::v1::{
-    GenerateRequest, ListWorkersRequest, Worker, WorkerRole, cluster_service_client::ClusterServiceClient,
+    GenerateRequest, ListWorkersRequest, Worker, WorkerRole, WorkerState, cluster_service_client::ClusterServiceClient,
 };
 use efferent_tests::{
     calls::{PATIENCE, all, durable, generate, request, until},
@@ -62,7 +62,8 @@ async fn workers_when(url: &str, wanted: impl Fn(&[Worker]) -> bool) -> Vec<Work
 }
 
 fn has(workers: &[Worker], brains: usize, hands: usize) -> bool {
-    let count = |role| workers.iter().filter(|worker| worker.role() == role).count();
+    let ready = |worker: &&Worker| worker.state() == WorkerState::Ready;
+    let count = |role| workers.iter().filter(ready).filter(|worker| worker.role() == role).count();
     (count(WorkerRole::Brain), count(WorkerRole::Hand)) == (brains, hands)
 }
 

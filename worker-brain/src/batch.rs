@@ -158,6 +158,8 @@ impl Encoder {
         let shared = several.clone();
         let error = match self.engine.run(move |brain| embed(brain, &shared)).await {
             Ok(outcomes) => return outcomes,
+            // It was before any of these was tried.
+            Err(EngineError::Gone) => return several.iter().map(|_| Err(EngineError::Gone)).collect(),
             Err(error) => error,
         };
         metrics::counter!("efferent_engine_panics_total").increment(1);
@@ -168,7 +170,12 @@ impl Encoder {
         for request in several.iter().cloned() {
             let alone = self.engine.run(move |brain| embed(brain, &[request]).pop()).await;
             let missing = || EngineError::Crashed("the engine left out a prompt of its batch".to_owned());
-            outcomes.push(alone.and_then(|outcome| outcome.unwrap_or_else(|| Err(missing()))));
+            outcomes.push(match alone {
+                Ok(outcome) => outcome.unwrap_or_else(|| Err(missing())),
+                // One of these took it down for good. Which, other workers find out, if it counts for all of them.
+                Err(EngineError::Gone) => Err(error.again()),
+                Err(crashed) => Err(crashed),
+            });
         }
         outcomes
     }
@@ -229,6 +236,7 @@ fn groups(lengths: &[(usize, usize)], budget: usize) -> Vec<&[(usize, usize)]> {
 mod tests {
     use std::sync::{Mutex, PoisonError};
 
+    use efferent_proto::v1::FailureClass;
     use efferent_worker::engine::EngineSpec;
 
     use super::*;
@@ -264,10 +272,16 @@ mod tests {
         }
     }
 
-    async fn fragile() -> (Encoder, Arc<Mutex<Vec<usize>>>) {
+    /// An encoder whose brain can be built so many times.
+    async fn fragile(times: usize) -> (Encoder, Arc<Mutex<Vec<usize>>>) {
         let batches = Arc::new(Mutex::new(Vec::new()));
         let noted = batches.clone();
+        let mut built = 0;
         let factory = move || {
+            built += 1;
+            if built > times {
+                return Err(EngineError::Missing("its device is lost".to_owned()));
+            }
             let spec = EngineSpec { model: efferent_worker::sim::model(), max_batch: 100, simulated: true };
             Ok(Box::new(Fragile { spec, batches: noted.clone() }) as Box<dyn Brain>)
         };
@@ -282,7 +296,7 @@ mod tests {
 
     #[tokio::test]
     async fn equal_prompts_cost_one_pass_and_known_ones_none() {
-        let (encoder, batches) = fragile().await;
+        let (encoder, batches) = fragile(1).await;
         let outcomes = encoder.encode(requests(&["a", "b", "a", "a"])).await;
         assert!(outcomes.iter().all(Result::is_ok) && outcomes.len() == 4);
         assert!(encoder.encode(requests(&["b", "a"])).await.iter().all(Result::is_ok));
@@ -298,11 +312,26 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_fails_the_prompt_at_fault_alone() {
-        let (encoder, batches) = fragile().await;
+        let (encoder, batches) = fragile(99).await;
         let outcomes = encoder.encode(requests(&["a", "poison", "refused", "b"])).await;
         assert_eq!(outcomes.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false, false, true]);
         assert_eq!(*batches.lock().unwrap(), [4, 1, 1, 1, 1]);
         assert_eq!(encoder.encode(requests(&["poison"])).await.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_is_gone_counts_only_for_those_that_took_it_down() {
+        let (encoder, batches) = fragile(1).await;
+        for (prompts, class) in [
+            (["a", "poison"], FailureClass::EngineCrash),
+            (["b", "c"], FailureClass::HandedBack),
+            (["a", "poison"], FailureClass::HandedBack),
+        ] {
+            for outcome in encoder.encode(requests(&prompts)).await {
+                assert_eq!(outcome.unwrap_err().class(), Some(class), "{prompts:?}");
+            }
+        }
+        assert_eq!(*batches.lock().unwrap(), [2]);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use efferent_proto::{
 };
 use efferent_service::{Shutdown, admin::Readiness};
 use efferent_worker::{
-    engine::{Brain, EmbedRequest, EngineError, Reference},
+    engine::{Brain, EmbedRequest, EngineError, EngineSpec, Reference},
     intake::Intake,
     lifecycle::{Activity, InFlight, Member, Profile},
     pictures::{File, decode, fetch},
@@ -31,7 +31,7 @@ use futures::future::join_all;
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     batch::{Encoder, Outcome},
@@ -45,6 +45,11 @@ const BATCHES: usize = 2;
 const PICTURED: usize = 4;
 /// So many more may be computed and not yet published: the queue's latency does not keep the engine waiting.
 const UNPUBLISHED: usize = 8;
+/// Most of the grace period that is kept for handing back what is not done.
+const LEAVING: Duration = Duration::from_secs(5);
+
+/// Why work goes back to the queue when the worker stops.
+const STOPPING: &str = "the worker was told to stop";
 
 /// How a brain worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -66,12 +71,15 @@ pub struct Options {
     pub serve: Serve,
     /// Bytes of signals that are served at most. Default 256 MiB.
     pub serve_bytes: u64,
-    /// How long a stop waits for work in hand. Default 30 s.
+    /// How long a stop takes at most; what is not done shortly before goes back to the queue. Default 30 s.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
     /// How long a batch may take before the brain counts as hung; for ever if zero. Default 10 min.
     #[serde(with = "humantime_serde")]
     pub step_timeout: Duration,
+    /// What it is expected to offer, to be told of while it loads; nothing if that is not known.
+    #[serde(skip)]
+    pub model: Option<Model>,
     /// Told of what is in hand.
     #[serde(skip)]
     pub activity: Activity,
@@ -89,6 +97,7 @@ impl Default for Options {
             serve_bytes: 256 * 1024 * 1024,
             grace: Duration::from_secs(30),
             step_timeout: Duration::from_secs(600),
+            model: None,
             activity: Activity::default(),
         }
     }
@@ -133,7 +142,7 @@ pub enum Error {
     /// The bus is unavailable or unfit.
     #[error("cannot join the cluster")]
     Bus(#[from] efferent_bus::Error),
-    /// The engine does not come back. The process must end: its thread cannot be stopped.
+    /// The engine does not come back. The process must end: a thread cannot be stopped, and a device that is lost stays lost within its process.
     #[error(transparent)]
     Hang(#[from] Hang),
 }
@@ -146,12 +155,14 @@ struct Worker {
     cancellations: Cancellations,
     inline_bytes: usize,
     shelf: Option<Shelf>,
+    /// Cancelled towards the end of the grace period.
+    abandoned: CancellationToken,
 }
 
-/// Serves until `shutdown`: loads the brain, registers, works, and at the end finishes what it has.
+/// Serves until `shutdown`: registers, loads the brain, works, and at the end finishes what it has.
 ///
 /// # Errors
-/// If the brain cannot be loaded or the bus is unavailable at the start; if later the engine hangs.
+/// If the brain cannot be loaded or the bus is unavailable at the start; if later the engine hangs, or crashes and cannot be built anew.
 pub async fn run(
     options: Options,
     factory: Factory<dyn Brain>,
@@ -160,38 +171,60 @@ pub async fn run(
     readiness: Readiness,
     shutdown: Shutdown,
 ) -> Result<(), Error> {
+    // Given also when the engine is gone.
+    let shutdown = shutdown.child();
     let watchdog = Watchdog::default();
-    let engine = EngineThread::<dyn Brain>::start("brain", watchdog.brain(factory)).await?;
-    let spec = engine.run(|brain| brain.spec().clone()).await?;
+    let profile = Profile {
+        role: WorkerRole::Brain,
+        models: options.model.iter().cloned().collect(),
+        devices,
+        capacity: 0,
+        simulated: false,
+        activity: options.activity.clone(),
+    };
+    let member = Member::start(ledger.clone(), profile).await?;
+    let (engine, spec) = match load(watchdog.brain(factory)).await {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            member.leave().await;
+            return Err(error.into());
+        }
+    };
     let model = spec.model.clone();
     ledger.declare_queues(&model).await?;
     let cancellations = Cancellations::listen(ledger.bus()).await?;
-    let profile = Profile {
-        role: WorkerRole::Brain,
-        models: vec![model.clone()],
-        devices,
-        capacity: (options.max_prompts * BATCHES) as u32,
-        simulated: spec.simulated,
-        activity: options.activity.clone(),
-    };
-    let member = Member::join(ledger.clone(), profile).await?;
     // Where there is one process, its own cache is the cluster's.
     let shared = (ledger.bus().kind() != "embedded" && !options.share.is_zero())
         .then(|| Shared::new(ledger.bus().clone(), member.id().to_owned(), options.share));
-    let encoder = Encoder::new(engine, options.cache_bytes, shared).await?;
+    let encoder = Encoder::new(engine.clone(), options.cache_bytes, shared).await?;
+    member.ready(&spec, (options.max_prompts * BATCHES) as u32).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, brain = model.brain, "brain is ready");
     let shelf = Shelf::open(options.serve, ledger.bus().local_address(), options.serve_bytes).await;
     let inline_bytes = options.inline_bytes.into();
-    let worker = Arc::new(Worker { ledger: ledger.clone(), encoder, member, cancellations, inline_bytes, shelf });
+    let abandoned = CancellationToken::new();
+    let worker = Arc::new(Worker { ledger, encoder, member, cancellations, inline_bytes, shelf, abandoned });
+    let gone = async {
+        engine.ended().await;
+        shutdown.trigger();
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
         () = work(&options, &worker, &model, &shutdown) => {}
+        () = gone => {}
         hang = watchdog.hangs(options.step_timeout) => return Err(hang.into()),
     }
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
     }
-    Ok(())
+    if engine.has_ended() { Err(Hang::Gone.into()) } else { Ok(()) }
+}
+
+/// A brain on its thread, and what it is.
+async fn load(factory: Factory<dyn Brain>) -> Result<(EngineThread<dyn Brain>, EngineSpec), EngineError> {
+    let engine = EngineThread::<dyn Brain>::start("brain", factory).await?;
+    let spec = engine.run(|brain| brain.spec().clone()).await?;
+    Ok((engine, spec))
 }
 
 async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: &Shutdown) {
@@ -222,7 +255,13 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
             let suspects = worker.batch(deliveries, place).await;
             drop(whole);
             for (in_flight, task, suspect) in suspects {
-                let alone = batches.clone().acquire_many_owned(BATCHES as u32).await;
+                let alone = tokio::select! {
+                    alone = batches.clone().acquire_many_owned(BATCHES as u32) => alone,
+                    () = worker.abandoned.cancelled() => {
+                        hand_back(&task, suspect).await;
+                        continue;
+                    }
+                };
                 let admission = suspect.begin_again().await;
                 let taken = Worker::taken(in_flight, task, admission).into_iter().collect();
                 worker.encode(taken, alone.expect("the semaphore is never closed")).await;
@@ -233,8 +272,23 @@ async fn work(options: &Options, worker: &Arc<Worker>, model: &Model, shutdown: 
     }
     worker.member.drain();
     tasks.close();
-    if tokio::time::timeout(options.grace, tasks.wait()).await.is_err() {
-        tracing::warn!("work was left in hand at the end of the grace period; it is delivered again");
+    let leaving = LEAVING.min(options.grace / 5);
+    if tokio::time::timeout(options.grace.saturating_sub(leaving), tasks.wait()).await.is_err() {
+        tracing::warn!("work was left in hand at the end of the grace period; it goes back to the queue");
+        worker.abandoned.cancel();
+        let _ = tokio::time::timeout(leaving, tasks.wait()).await;
+    }
+}
+
+/// Leaves a task to another worker.
+async fn hand_back(task: &BrainTask, held: Box<Held>) {
+    settled(&task.job_id, held.hand_back(STOPPING, Duration::ZERO).await);
+}
+
+/// Tells if a task could not be answered.
+fn settled(job_id: &str, answered: efferent_bus::Result<()>) {
+    if let Err(error) = answered {
+        tracing::warn!(job_id, %error, "cannot settle a task; it is delivered again");
     }
 }
 
@@ -264,7 +318,7 @@ impl Worker {
         suspects
     }
 
-    /// Computes and publishes a batch. Its place is free as soon as the engine is done with it.
+    /// Computes and publishes a batch. Its place is free as soon as the engine is done with it. What is not done when the worker must leave is handed back.
     async fn encode(&self, mut taken: Vec<Taken>, place: OwnedSemaphorePermit) {
         let asked = taken.iter().map(|taken| asked(&taken.task)).collect();
         let started = Instant::now();
@@ -274,9 +328,18 @@ impl Worker {
             outcomes
         };
         tokio::pin!(encoding);
-        let outcomes = match tokio::time::timeout(task::BRISK, &mut encoding).await {
-            Ok(outcomes) => outcomes,
-            Err(_) => tokio::join!(encoding, join_all(taken.iter_mut().map(|taken| taken.held.begin()))).0,
+        let encoded = async {
+            match tokio::time::timeout(task::BRISK, &mut encoding).await {
+                Ok(outcomes) => outcomes,
+                Err(_) => tokio::join!(encoding, join_all(taken.iter_mut().map(|taken| taken.held.begin()))).0,
+            }
+        };
+        let outcomes = tokio::select! {
+            outcomes = encoded => outcomes,
+            () = self.abandoned.cancelled() => {
+                join_all(taken.into_iter().map(async |taken| hand_back(&taken.task, taken.held).await)).await;
+                return;
+            }
         };
         taken.iter().for_each(|taken| taken.in_flight.done(1.0, started.elapsed()));
         join_all(taken.into_iter().zip(outcomes).map(|(taken, outcome)| self.hand_on(taken, outcome))).await;
@@ -351,33 +414,48 @@ impl Worker {
 
     /// Publishes the hand's tasks, then lets go of the brain's.
     async fn hand_on(&self, taken: Taken, outcome: Outcome) {
-        let job_id = taken.task.job_id.clone();
-        let settled = match outcome {
-            _ if taken.held.is_unwanted() => taken.held.stopped(taken.task.expires_at_ms).await,
-            Err(error) => taken.held.failed(&error).await,
-            Ok(signal) if taken.task.keep_signal_ms > 0 => self.keep(taken, &signal).await,
-            Ok(signal) => self.publish(taken, &signal).await,
+        let Taken { in_flight: _in_flight, mut held, task, record } = taken;
+        let answered = match outcome {
+            _ if held.is_unwanted() => held.stopped(task.expires_at_ms).await,
+            Err(error) => held.failed(&error).await,
+            Ok(signal) => {
+                let handed_on = async {
+                    held.defer_beginning();
+                    match task.keep_signal_ms {
+                        0 => self.publish(&held, &task, &record, &signal).await,
+                        _ => self.keep(&held, &task, &signal).await,
+                    }
+                };
+                let handed_on = tokio::select! {
+                    biased;
+                    handed_on = handed_on => Some(handed_on),
+                    () = self.abandoned.cancelled() => None,
+                };
+                match handed_on {
+                    Some(Err(error)) => Err(error),
+                    Some(Ok(())) if held.is_unwanted() => held.stopped(task.expires_at_ms).await,
+                    Some(Ok(())) => held.done().await,
+                    // What of it is published already, whoever has it next publishes to no effect.
+                    None => return hand_back(&task, held).await,
+                }
+            }
         };
-        if let Err(error) = settled {
-            tracing::warn!(job_id, %error, "cannot settle a task; it is delivered again");
-        }
+        settled(&task.job_id, answered);
     }
 
     /// Keeps the signal for callers, which is all that the job wants.
-    async fn keep(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
-        let Taken { in_flight: _in_flight, mut held, task, record: _ } = taken;
-        held.defer_beginning();
+    async fn keep(&self, held: &Held, task: &BrainTask, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
         let keep = Duration::from_millis(task.keep_signal_ms);
         let encoded = Bytes::from(signal.encode_to_vec());
         let length = encoded.len() as u64;
         // A job that is accepted in the signal's last moment may render it for as long as its own deadline allows.
         let values = Some(keep + MAX_DEADLINE);
         let signal_id = held.patiently(|| self.ledger.bus().put_object(encoded.clone(), values)).await?;
-        let request = task.request.unwrap_or_default();
+        let request = task.request.clone().unwrap_or_default();
         let kept = Signal {
             signal_id: signal_id.clone(),
             model: request.model,
-            space: task.model.unwrap_or_default().space,
+            space: task.model.clone().unwrap_or_default().space,
             length,
             prompt: request.prompt,
             negative_prompt: request.negative_prompt,
@@ -386,21 +464,24 @@ impl Worker {
         };
         held.patiently(|| self.ledger.keep_signal(kept.clone(), keep)).await?;
         let encoded = Transition::Encoded(signal_id);
-        held.patiently(|| self.ledger.apply(&task.job_id, &encoded)).await?;
-        held.done().await
+        held.patiently(|| self.ledger.apply(&task.job_id, &encoded)).await.map(drop)
     }
 
     /// Publishes the hands' tasks; those of a large signal while it is being stored, if hands can fetch it here until then.
-    async fn publish(&self, taken: Taken, signal: &Arc<ControlSignal>) -> efferent_bus::Result<()> {
-        let Taken { in_flight: _in_flight, mut held, task, record } = taken;
-        held.defer_beginning();
+    async fn publish(
+        &self,
+        held: &Held,
+        task: &BrainTask,
+        record: &JobRecord,
+        signal: &Arc<ControlSignal>,
+    ) -> efferent_bus::Result<()> {
         let started = Instant::now();
         let request = task.request.clone().unwrap_or_default();
         let queue = names::hand_queue(&record.model.as_ref().unwrap_or(&Model::default()).hand, request.lane());
         // Whether a task was in the queue already, of an attempt before. (By the number of the delivery alone it cannot be known: a server that was killed may count anew.)
         let send = async |signal: hand_task::Signal| {
-            let tasks = self.ledger.hand_tasks(&record, &signal, &held.trace().headers());
-            let published = join_all(tasks.into_iter().map(|task| self.publish_when_room(&queue, task, &held))).await;
+            let tasks = self.ledger.hand_tasks(record, &signal, &held.trace().headers());
+            let published = join_all(tasks.into_iter().map(|task| self.publish_when_room(&queue, task, held))).await;
             let published = published.into_iter().collect::<efferent_bus::Result<Vec<_>>>()?;
             Ok::<_, efferent_bus::Error>(published.contains(&Some(Published::Duplicate)))
         };
@@ -426,16 +507,15 @@ impl Worker {
                 }
             };
             if !first || again {
-                self.replace(&task.job_id, &hash, &held).await?;
+                self.replace(&task.job_id, &hash, held).await?;
             }
         }
         metrics::histogram!("efferent_brain_publish_seconds").record(started.elapsed().as_secs_f64());
         if held.is_unwanted() {
             // Cancelled while publishing: the purge may have come before the tasks.
             self.ledger.bus().purge(&queue, &task.job_id).await?;
-            return held.stopped(task.expires_at_ms).await;
         }
-        held.done().await
+        Ok(())
     }
 
     /// Tells hands that hold a task of the attempt before, whose signal may never have been stored, of this one's.

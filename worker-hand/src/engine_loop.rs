@@ -2,7 +2,8 @@
 //!
 //! Each round it takes in what arrived, drops what is no longer wanted, and advances one group of samples with equal keys by one step: which,
 //! [`Turns`] says, and how many of them, the [`Profile`]. A sample's failure or cancellation leaves the others alone; if the engine panics over
-//! a batch, it is built anew and the batch's samples start again one by one, so that only the one at fault fails.
+//! a batch, it is built anew and the batch's samples start again one by one, so that only the one at fault fails. If it cannot be built anew, as when
+//! its device is lost, the thread ends, and with it the worker.
 
 use std::{
     fmt::Debug,
@@ -28,6 +29,9 @@ use crate::{
     turns::{Turns, Waiting},
 };
 
+/// The least time between two previews of an image: what nobody could see is not decoded.
+const PREVIEW_PAUSE: Duration = Duration::from_millis(200);
+
 /// An image to render.
 #[derive(Debug)]
 pub struct Order {
@@ -37,7 +41,7 @@ pub struct Order {
     pub lane: Lane,
     /// A checkpoint to go on from. If the hand cannot, the image is begun anew.
     pub resume: Option<Bytes>,
-    /// A preview every this many steps; 0 for none.
+    /// A preview every this many steps, but for those that come within 200 ms of the one before; 0 for none.
     pub preview_interval: u32,
     /// Cancelled when nobody wants the image any more: its sample leaves before the next step.
     pub unwanted: CancellationToken,
@@ -76,7 +80,7 @@ pub enum Update {
     Failed(EngineError),
     /// It was not wanted any more.
     Stopped,
-    /// This hand has let go of it; with a checkpoint if a step was done.
+    /// This hand has let go of it; with a checkpoint if a step was done and the engine is there to make one.
     Released(Option<Checkpoint>),
 }
 
@@ -126,12 +130,22 @@ impl EngineLoop {
         Ok((Self { orders, places }, spec))
     }
 
-    /// Has an image rendered.
+    /// Has an image rendered. It is let go of at once if the engine is gone; so is, without a word, what the thread had not taken in by then.
     pub fn submit(&self, order: Order) {
         if let Err(mpsc::SendError(order)) = self.orders.send(order) {
-            let _ =
-                order.updates.send(Update::Failed(EngineError::Crashed("the engine's thread has ended".to_owned())));
+            let _ = order.updates.send(Update::Released(None));
         }
+    }
+
+    /// Waits until the thread has ended: while there is a handle, because the engine is gone for good.
+    pub async fn ended(&self) {
+        let mut places = self.places.clone();
+        while places.changed().await.is_ok() {}
+    }
+
+    /// Whether the thread has ended.
+    pub fn has_ended(&self) -> bool {
+        self.places.has_changed().is_err()
     }
 
     /// How many images it is worth to have here at once: as many as are best advanced together, and one to take the place of the first that
@@ -151,6 +165,8 @@ struct Running {
     first_step: u32,
     /// When it joined or its last checkpoint was made.
     kept: Instant,
+    /// When its last preview was made.
+    shown: Option<Instant>,
 }
 
 fn run(
@@ -204,6 +220,8 @@ fn run(
         }
         if let Err(error) = batch.round() {
             tracing::error!(%error, "the engine cannot be built anew; its thread ends");
+            // Tells that it ends. To drop an engine whose device is lost may take long.
+            drop(batch.places);
             return;
         }
     }
@@ -242,7 +260,7 @@ impl Batch {
             },
         };
         let (group, first_step, now) = (sample.key.clone(), sample.step, Instant::now());
-        let running = Running { order, sample, group, joined: now, first_step, kept: now };
+        let running = Running { order, sample, group, joined: now, first_step, kept: now, shown: None };
         if running.sample.is_complete() {
             return self.finish(running);
         }
@@ -360,11 +378,13 @@ impl Batch {
             return self.finish(running);
         }
         let interval = running.order.preview_interval;
-        if interval > 0 && step.is_multiple_of(interval) {
+        let lately = running.shown.is_some_and(|shown| shown.elapsed() < PREVIEW_PAUSE);
+        if interval > 0 && step.is_multiple_of(interval) && !lately {
             match guarded(|| self.hand.preview(&running.sample)) {
                 Ok(picture) => drop(updates.send(Update::Preview { step, steps, picture })),
                 Err(error) => tracing::warn!(%error, "no preview"),
             }
+            running.shown = Some(Instant::now());
         }
         if self.is_checkpoint_due(&running) {
             running.kept = Instant::now();
@@ -431,8 +451,12 @@ impl Batch {
         let hand = match rebuilt {
             Ok(hand) => hand,
             Err(error) => {
-                for running in group.into_iter().chain(std::mem::take(&mut self.running)) {
+                // One of these took it down for good. Which, other workers find out, if it counts for all of them.
+                for running in group {
                     let _ = running.order.updates.send(Update::Failed(EngineError::Crashed(message.to_owned())));
+                }
+                for running in std::mem::take(&mut self.running) {
+                    let _ = running.order.updates.send(Update::Released(None));
                 }
                 return Err(error);
             }

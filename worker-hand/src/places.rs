@@ -137,6 +137,32 @@ impl Place {
     }
 }
 
+impl Place {
+    /// Gives the place up for a while.
+    pub(crate) fn leave(self) -> Away {
+        Away { places: self.places.clone(), lane: self.lane, alone: self.stage == Stage::Alone }
+    }
+}
+
+/// A task that has given its place up for a while.
+#[derive(Debug)]
+pub(crate) struct Away {
+    places: Arc<Places>,
+    lane: Lane,
+    alone: bool,
+}
+
+impl Away {
+    /// Takes a place as it was, as soon as there is room.
+    pub(crate) async fn back(self) -> Place {
+        if self.alone {
+            return self.places.take(self.lane).alone().await;
+        }
+        self.places.room(self.lane).await;
+        self.places.take(self.lane)
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
         let (lane, stage) = (self.lane, self.stage);
@@ -195,6 +221,21 @@ mod tests {
         drop(alone);
         assert_eq!(*places.taken.borrow(), Counts::default());
         assert_eq!(places.room(Lane::Batch).await, 2);
+    }
+
+    #[tokio::test]
+    async fn who_is_away_takes_no_place_and_finds_one_again() {
+        let places = Places::new(watch::channel(1).1);
+        let away = places.take(Lane::Interactive).leave();
+        let other = places.take(Lane::Interactive);
+        let mut back = Box::pin(away.back());
+        assert!((&mut back).now_or_never().is_none());
+        drop(other);
+        let alone = back.await.alone().await;
+        let back = alone.leave().back().await;
+        assert_eq!(places.room(Lane::Interactive).now_or_never(), None, "it is alone again");
+        drop(back);
+        assert_eq!(*places.taken.borrow(), Counts::default());
     }
 
     #[tokio::test]

@@ -40,7 +40,7 @@ use crate::{
     engine_loop::{Checkpoint, EngineLoop, Order, Rules, Update},
     pictures,
     places::{Place, Places},
-    signals::{Absent, Signals},
+    signals::{Absent, CROWDED, Signals},
 };
 
 /// Files of up to this many bytes are sent to whoever listens before the image is recorded, so that nobody has to fetch them.
@@ -56,9 +56,6 @@ const LEAVING: Duration = Duration::from_secs(5);
 
 /// Why work goes back to the queue when the worker stops.
 const STOPPING: &str = "the worker was told to stop";
-/// How long a task waits at least whose control signal is neither stored nor to be had from its brain; all of its deliveries together outlast by far the lease
-/// after which another brain makes the signal again.
-const SIGNAL_PAUSE: Duration = Duration::from_secs(5);
 
 /// How a hand worker works.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -83,6 +80,9 @@ pub struct Options {
     /// How long a step may take before the hand counts as hung; for ever if zero. Default 10 min.
     #[serde(with = "humantime_serde")]
     pub step_timeout: Duration,
+    /// What it is expected to offer, to be told of while it loads; nothing if that is not known.
+    #[serde(skip)]
+    pub model: Option<Model>,
     /// Told of what is in hand.
     #[serde(skip)]
     pub activity: Activity,
@@ -98,6 +98,7 @@ impl Default for Options {
             checkpoint_after: Duration::from_secs(10),
             checkpoint_interval: Duration::from_secs(5),
             step_timeout: Duration::from_secs(600),
+            model: None,
             activity: Activity::default(),
         }
     }
@@ -112,7 +113,7 @@ pub enum Error {
     /// The bus is unavailable or unfit.
     #[error("cannot join the cluster")]
     Bus(#[from] efferent_bus::Error),
-    /// The engine does not come back. The process must end: its thread cannot be stopped.
+    /// The engine does not come back. The process must end: a thread cannot be stopped, and a device that is lost stays lost within its process.
     #[error(transparent)]
     Hang(#[from] Hang),
 }
@@ -125,6 +126,8 @@ struct Worker {
     cancellations: Cancellations,
     signals: Signals,
     model: Model,
+    /// Given also when the engine is gone.
+    shutdown: Shutdown,
     /// Cancelled towards the end of the grace period.
     abandoned: CancellationToken,
     /// The time that is left then.
@@ -138,14 +141,14 @@ enum Ending {
     Picture(RgbImage, Duration),
     /// It cannot be rendered.
     Failed(EngineError),
-    /// The worker stops.
+    /// The worker stops, or its engine is gone.
     Released(Option<Checkpoint>),
 }
 
-/// Serves until `shutdown`: loads the hand, registers, works, and at the end finishes what it has.
+/// Serves until `shutdown`: registers, loads the hand, works, and at the end finishes what it has.
 ///
 /// # Errors
-/// If the hand cannot be loaded or the bus is unavailable at the start; if later the engine hangs.
+/// If the hand cannot be loaded or the bus is unavailable at the start; if later the engine hangs, or crashes and cannot be built anew.
 pub async fn run(
     options: Options,
     factory: Factory<dyn Hand>,
@@ -161,7 +164,22 @@ pub async fn run(
         checkpoint_interval: options.checkpoint_interval,
     };
     let watchdog = Watchdog::default();
-    let (engine, spec) = EngineLoop::start(watchdog.hand(factory), rules).await?;
+    let profile = Profile {
+        role: WorkerRole::Hand,
+        models: options.model.into_iter().collect(),
+        devices,
+        capacity: 0,
+        simulated: false,
+        activity: options.activity,
+    };
+    let member = Member::start(ledger.clone(), profile).await?;
+    let (engine, spec) = match EngineLoop::start(watchdog.hand(factory), rules).await {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            member.leave().await;
+            return Err(error.into());
+        }
+    };
     let model = spec.model.clone();
     ledger.declare_queues(&model).await?;
     let cancellations = Cancellations::listen(ledger.bus()).await?;
@@ -169,21 +187,15 @@ pub async fn run(
         0 => (engine.places(), spec.max_batch.max(1)),
         most => (watch::channel(most).1, most),
     };
-    let profile = Profile {
-        role: WorkerRole::Hand,
-        models: vec![model.clone()],
-        devices,
-        capacity: capacity as u32,
-        simulated: spec.simulated,
-        activity: options.activity.clone(),
-    };
-    let member = Member::join(ledger.clone(), profile).await?;
+    member.ready(&spec, capacity as u32).await?;
     readiness.set(true);
     tracing::info!(worker_id = member.id(), model = model.name, hand = model.hand, "hand is ready");
     let leaving = LEAVING.min(options.grace / 5);
     let (abandoned, tasks) = (CancellationToken::new(), TaskTracker::new());
-    let signals = Signals::new(ledger.bus().clone());
-    let worker = Arc::new(Worker { ledger, engine, member, cancellations, signals, model, abandoned, leaving });
+    let (signals, shutdown) = (Signals::new(ledger.bus().clone()), shutdown.child());
+    let stop = shutdown.clone();
+    let worker =
+        Arc::new(Worker { ledger, engine, member, cancellations, signals, model, shutdown: stop, abandoned, leaving });
     let places = Places::new(places);
     let done = async {
         join_all(names::LANES.map(|lane| worker.clone().work(lane, &places, &tasks, &shutdown))).await;
@@ -201,15 +213,22 @@ pub async fn run(
         worker.abandoned.cancel();
         tokio::time::sleep(leaving).await;
     };
+    let gone = async {
+        worker.engine.ended().await;
+        shutdown.trigger();
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
         () = done => {}
         () = out_of_time => {}
+        () = gone => {}
         hang = watchdog.hangs(options.step_timeout) => return Err(hang.into()),
     }
+    let lost = worker.engine.has_ended();
     if let Some(worker) = Arc::into_inner(worker) {
         worker.member.leave().await;
     }
-    Ok(())
+    if lost { Err(Hang::Gone.into()) } else { Ok(()) }
 }
 
 impl Worker {
@@ -245,7 +264,7 @@ impl Worker {
         let image = (task.job_id.as_str(), task.image_index);
         let (bus, revision) = (self.ledger.bus(), &self.model.revision);
         let mut checkpoints = Checkpoints::new(bus, image, &delivery.payload, revision, task.expires_at_ms);
-        if let Err(error) = self.settle(delivery, &task, lane, place, &in_flight, &mut checkpoints).await {
+        if let Err(error) = self.settle(delivery, &task, lane, place, in_flight, &mut checkpoints).await {
             tracing::warn!(job_id = task.job_id, %error, "cannot settle a task; it is delivered again");
         }
     }
@@ -256,7 +275,7 @@ impl Worker {
         task: &HandTask,
         lane: Lane,
         place: Place,
-        in_flight: &InFlight,
+        mut in_flight: InFlight,
         checkpoints: &mut Checkpoints,
     ) -> efferent_bus::Result<()> {
         let rendering = Transition::Rendering { worker_id: self.member.id().to_owned() };
@@ -299,9 +318,28 @@ impl Worker {
             Ok(signal) => signal,
             Err(Absent::Failed(error)) => return held.failed(&error).await,
             Err(Absent::Later) => {
-                tracing::info!(job_id = task.job_id, "a control signal is not there yet; its task is put back");
-                let pause = SIGNAL_PAUSE.max(self.ledger.options().lease / 8);
-                return held.hand_back("its control signal is not there yet", pause).await;
+                tracing::info!(job_id = task.job_id, "a control signal is not there yet; its task waits");
+                let away = place.leave();
+                drop(in_flight);
+                let stop = async {
+                    tokio::select! {
+                        () = held.unwanted() => {}
+                        () = self.shutdown.requested() => {}
+                    }
+                };
+                match self.signals.wait(task, stop).await? {
+                    Some(Ok(signal)) => {
+                        (place, in_flight) = (away.back().await, self.member.hold());
+                        signal
+                    }
+                    Some(Err(error)) => return held.failed(&error).await,
+                    None if held.is_unwanted() => {
+                        checkpoints.remove().await;
+                        return held.stopped(task.expires_at_ms).await;
+                    }
+                    None if self.shutdown.is_triggered() => return held.hand_back(STOPPING, Duration::ZERO).await,
+                    None => return held.hand_back("its control signal is not there yet", CROWDED).await,
+                }
             }
         };
         let request = task.request.clone().unwrap_or_default();
@@ -336,7 +374,7 @@ impl Worker {
         match ending {
             Ending::Picture(picture, render_time) => {
                 place.rendered();
-                self.record(*held, task, in_flight, picture, render_time, progress).await?;
+                self.record(*held, task, &in_flight, picture, render_time, progress).await?;
                 checkpoints.remove().await;
                 Ok(())
             }
@@ -351,7 +389,8 @@ impl Worker {
                     checkpoints.store(checkpoint).await;
                 }
                 checkpoints.wait().await;
-                held.hand_back(STOPPING, Duration::ZERO).await
+                let why = if self.abandoned.is_cancelled() { STOPPING.to_owned() } else { EngineError::Gone.told() };
+                held.hand_back(&why, Duration::ZERO).await
             }
         }
     }
@@ -449,7 +488,9 @@ impl Worker {
                 Some(Update::Finished(picture, render_time)) => return Ending::Picture(picture, render_time),
                 Some(Update::Failed(error)) => return Ending::Failed(error),
                 Some(Update::Released(checkpoint)) => return Ending::Released(checkpoint),
-                Some(Update::Stopped) | None => {
+                // It was never taken in.
+                None => return Ending::Released(None),
+                Some(Update::Stopped) => {
                     return Ending::Failed(EngineError::Crashed("the engine let go of an image".to_owned()));
                 }
             };

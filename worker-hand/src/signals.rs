@@ -18,6 +18,7 @@ use efferent_proto::{
 use efferent_worker::engine::EngineError;
 use moka::sync::Cache;
 use prost::Message as _;
+use tokio::sync::Semaphore;
 use tonic::transport::{Channel, Endpoint};
 
 /// Bytes of decoded signals that are kept: the images of a job that one hand renders share one.
@@ -31,6 +32,12 @@ const ARRIVE: Duration = Duration::from_secs(10);
 const SULK: Duration = Duration::from_secs(30);
 /// After what time a connection that nobody uses is given up.
 const IDLE: Duration = Duration::from_secs(600);
+/// How long to wait before it is looked again for a signal that is neither stored nor to be had from its brain.
+const PAUSE: Duration = Duration::from_secs(5);
+/// Most tasks that wait for their signals here at once. Each has its lease extended: so many are as much to the queue's server as a few hands at work.
+const WAITING: usize = 256;
+/// How long the next one is put back for: each delivery counts, so there are to be few.
+pub(crate) const CROWDED: Duration = Duration::from_secs(60);
 
 /// What there is instead of a signal.
 #[derive(Debug)]
@@ -48,6 +55,8 @@ pub(crate) struct Signals {
     kept: Cache<String, Arc<ControlSignal>>,
     brains: Cache<String, Channel>,
     unreachable: Cache<String, ()>,
+    waiting: Semaphore,
+    pause: Duration,
 }
 
 impl Signals {
@@ -59,6 +68,33 @@ impl Signals {
             kept: Cache::builder().max_capacity(KEPT).weigher(weigh).build(),
             brains: Cache::builder().time_to_idle(IDLE).build(),
             unreachable: Cache::builder().time_to_live(SULK).build(),
+            waiting: Semaphore::new(WAITING),
+            pause: PAUSE,
+        }
+    }
+
+    /// The signal of a task that was not there yet, once it is. It is waited for with the task in hand, however long that takes: a task that is put back each time
+    /// has soon been delivered as often as it may. `None` after `stop`, or at once if as many as may wait already.
+    ///
+    /// # Errors
+    /// As those of [`Signals::of`].
+    pub(crate) async fn wait(
+        &self,
+        task: &HandTask,
+        stop: impl Future<Output = ()>,
+    ) -> efferent_bus::Result<Option<Result<Arc<ControlSignal>, EngineError>>> {
+        let Ok(_turn) = self.waiting.try_acquire() else { return Ok(None) };
+        tokio::pin!(stop);
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(self.pause) => {}
+                () = &mut stop => return Ok(None),
+            }
+            match self.of(task).await? {
+                Ok(signal) => return Ok(Some(Ok(signal))),
+                Err(Absent::Failed(error)) => return Ok(Some(Err(error))),
+                Err(Absent::Later) => {}
+            }
         }
     }
 
@@ -193,6 +229,12 @@ mod tests {
         task(hand_task::Signal::Served(ServedSignal { hash, address: address.to_owned() }))
     }
 
+    /// An address with a port that was free a moment ago: nobody listens.
+    fn deserted() -> String {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().to_string()
+    }
+
     async fn bus() -> (SharedBus, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         let bus: SharedBus = Arc::new(Embedded::open(folder.path()).await.unwrap());
@@ -204,10 +246,7 @@ mod tests {
         let (bus, _folder) = bus().await;
         let signals = Signals::new(bus.clone());
         let (first, second) = (signal(1), signal(2));
-        // A port that was free a moment ago: nobody listens.
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        drop(listener);
+        let address = deserted();
         let task = served(&first, &address);
         assert!(matches!(signals.of(&task).await.unwrap(), Err(Absent::Later)), "it may come yet");
         assert!(signals.unreachable.contains_key(&address), "it is not asked at every task");
@@ -219,6 +258,24 @@ mod tests {
         // What the task names is preferred, where it is.
         bus.put_object(first.encode_to_vec().into(), None).await.unwrap();
         assert_eq!(*Signals::new(bus).of(&task).await.unwrap().unwrap(), first);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_there_yet_is_waited_for() {
+        let (bus, _folder) = bus().await;
+        let signals = Signals { pause: Duration::from_millis(5), ..Signals::new(bus.clone()) };
+        let (first, never, address) = (signal(1), std::future::pending, deserted());
+        let task = served(&first, &address);
+        let (found, ()) = tokio::join!(signals.wait(&task, never()), async {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            bus.put_object(first.encode_to_vec().into(), None).await.unwrap();
+        });
+        assert_eq!(*found.unwrap().unwrap().unwrap(), first);
+        let absent = served(&signal(2), &address);
+        let stop = tokio::time::sleep(Duration::from_millis(50));
+        assert!(signals.wait(&absent, stop).await.unwrap().is_none());
+        let _all = signals.waiting.acquire_many(WAITING as u32).await.unwrap();
+        assert!(signals.wait(&absent, never()).await.unwrap().is_none(), "no more may wait");
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 
 use std::{
     sync::{Arc, Mutex, mpsc},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -42,6 +42,8 @@ struct Script {
     batches: Arc<Mutex<Vec<Vec<u64>>>>,
     built: Arc<Mutex<u32>>,
     steps: Arc<Mutex<mpsc::Receiver<()>>>,
+    /// Whether its device is lost, so that it cannot be built.
+    lost: Arc<Mutex<bool>>,
 }
 
 fn seed(sample: &Sample) -> u64 {
@@ -123,9 +125,13 @@ impl Rig {
         std::fs::write(&profile, format!(r#"{{{model}, "step_seconds": {{"8": {times}, "9": {times}}}}}"#)).unwrap();
         let rules = Rules { profile: Some(profile), ..rules };
         let (step, steps) = mpsc::channel();
-        let script = Script { batches: Arc::default(), built: Arc::default(), steps: Arc::new(Mutex::new(steps)) };
+        let steps = Arc::new(Mutex::new(steps));
+        let script = Script { batches: Arc::default(), built: Arc::default(), steps, lost: Arc::default() };
         let inside = script.clone();
         let factory = Box::new(move || {
+            if *inside.lost.lock().unwrap() {
+                return Err(EngineError::Missing("its device".to_owned()));
+            }
             *inside.built.lock().unwrap() += 1;
             let spec = EngineSpec { model: sim::model(), max_batch, simulated: true };
             Ok(Box::new(Scripted { spec, script: inside.clone() }) as Box<dyn Hand>)
@@ -284,6 +290,39 @@ async fn a_panic_fails_the_one_at_fault_and_its_mates_finish() {
     // It goes on working.
     let (later, _keep) = rig.submit(5, 2, 8);
     assert_eq!(story(later).await, ["step 1", "last step", "step 2", "finished 5"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_cannot_be_built_anew_lets_go_of_what_it_has() {
+    let rig = Rig::start(4).await;
+    let (mate, _keep) = rig.submit(1, 1000, 9);
+    rig.run(1);
+    while rig.batches().is_empty() {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(!rig.engine.has_ended());
+    *rig.script.lost.lock().unwrap() = true;
+    let (poison, _keep) = rig.submit(PANICS, 3, 8);
+    rig.run(64);
+    assert!(story(poison).await.last().unwrap().starts_with("failed: the engine crashed"));
+    assert_eq!(story(mate).await.last().unwrap(), "released at None", "it has no part in it");
+    tokio::time::timeout(Duration::from_secs(20), rig.engine.ended()).await.expect("the thread ends");
+    assert!(rig.engine.has_ended());
+    let (late, _keep) = rig.submit(2, 3, 8);
+    assert_eq!(story(late).await, ["released at None"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_quick_steps_few_previews_are_made() {
+    let rig = Rig::start(1).await;
+    let started = Instant::now();
+    let (heard, _keep) = rig.submit(1, 400, 8);
+    rig.run(400);
+    let told = story(heard).await;
+    let count = |what: &str| told.iter().filter(|update| update.starts_with(what)).count() as u128;
+    let most = 1 + started.elapsed().as_millis() / 200;
+    assert!((1..=most).contains(&count("preview")), "{} in {:?}", count("preview"), started.elapsed());
+    assert_eq!(count("step"), 400);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use efferent_proto::{
     ApiError,
     v1::{ErrorCode, FailureClass, Model, Size},
+    work::as_typed,
 };
 use image::{GrayImage, RgbImage};
 
@@ -39,6 +40,9 @@ pub enum EngineError {
     /// The engine panicked; it was built anew. Tried again, up to the limit of attempts.
     #[error("the engine crashed: {0}")]
     Crashed(String),
+    /// The engine crashed before and could not be built anew: its worker ends. The request has no part in it, goes to another worker and counts for no limit.
+    #[error("the worker's engine is gone")]
+    Gone,
 }
 
 impl EngineError {
@@ -70,6 +74,7 @@ impl EngineError {
             Self::Missing(what) => Self::Missing(what.clone()),
             Self::Compute { .. } => Self::Compute { what: self.told(), source: None },
             Self::Crashed(what) => Self::Crashed(what.clone()),
+            Self::Gone => Self::Gone,
         }
     }
 
@@ -88,6 +93,7 @@ impl EngineError {
             Self::OutOfMemory(_) => Some(FailureClass::OutOfMemory),
             Self::Missing(_) | Self::Compute { .. } => Some(FailureClass::Transient),
             Self::Crashed(_) => Some(FailureClass::EngineCrash),
+            Self::Gone => Some(FailureClass::HandedBack),
         }
     }
 }
@@ -184,7 +190,8 @@ pub struct RenderRequest {
 impl RenderRequest {
     /// Which of so many steps are guided. Source: diffusers 0.42.1, `guiders/classifier_free_guidance.py`.
     pub fn guided_steps(&self, steps: u32) -> Range<u32> {
-        let step = |part: f32| (f64::from(part) * f64::from(steps)) as u32;
+        // As typed: of 10 steps 0.7 is 7, the nearest number of 32 bits a little less.
+        let step = |part: f32| (as_typed(part) * f64::from(steps)) as u32;
         step(self.guidance_range.start)..step(self.guidance_range.end)
     }
 }
@@ -270,10 +277,38 @@ mod tests {
         assert!(told.starts_with("tensor computation failed: ") && told.contains("[2, 3]"), "{told}");
         assert!(!told.contains('\n'), "{told}");
         let refused: EngineError = ApiError::new(ErrorCode::InvalidField, "too long").field("prompt").into();
-        for error in [error, refused, EngineError::OutOfMemory("4 GB".to_owned()), EngineError::Crashed("?".to_owned())]
-        {
+        let (no_room, crashed) = (EngineError::OutOfMemory("4 GB".to_owned()), EngineError::Crashed("?".to_owned()));
+        for error in [error, refused, no_room, crashed, EngineError::Gone] {
             let again = error.again();
             assert_eq!((again.told(), again.class()), (error.told(), error.class()));
+        }
+    }
+
+    #[test]
+    fn guided_steps_are_those_of_the_range_as_it_was_typed() {
+        for (steps, range, wanted) in [
+            (10, 0.7..0.9, 7..9),
+            (10, 0.0..0.7, 0..7),
+            (10, 0.3..0.6, 3..6),
+            (20, 0.15..0.95, 3..19),
+            (50, 0.1..0.58, 5..28),
+            (28, 0.0..1.0, 0..28),
+            (4, 0.5..0.5, 2..2),
+        ] {
+            let request = RenderRequest {
+                signal: Arc::default(),
+                size: Size::default(),
+                steps,
+                guidance_scale: 1.0,
+                image_guidance_scale: 1.0,
+                guidance_rescale: 0.0,
+                guidance_range: range,
+                seed: 0,
+                sampler: String::new(),
+                picture: None,
+            };
+            let range = &request.guidance_range;
+            assert_eq!(request.guided_steps(steps), wanted, "{steps} steps, {range:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A worker's membership of the cluster: registration, heartbeat, drain.
+//! A worker's membership of the cluster: registration (before its model is loaded, and again when it is), heartbeat, drain.
 
 use std::{
     sync::{
@@ -13,9 +13,15 @@ use efferent_proto::{
     names, time,
     v1::{Device, Model, Worker, WorkerRole, WorkerState},
 };
-use tokio::{sync::Notify, task::AbortHandle};
+use tokio::{
+    sync::{self, Notify},
+    task::AbortHandle,
+};
 
-use crate::stage_time::{Begun, StageClock};
+use crate::{
+    engine::EngineSpec,
+    stage_time::{Begun, StageClock},
+};
 
 /// How long a worker that is not heard of counts as alive.
 pub const TIME_TO_LIVE: Duration = Duration::from_secs(10);
@@ -77,6 +83,8 @@ struct Shared {
     activity: Activity,
     clock: StageClock,
     changed: Notify,
+    /// Whoever writes the entry has this: what is older is never written last.
+    writing: sync::Mutex<()>,
 }
 
 impl Shared {
@@ -85,6 +93,15 @@ impl Shared {
         worker.in_flight = self.in_flight.load(Ordering::Relaxed);
         worker.time = self.clock.tell(Instant::now());
         worker
+    }
+
+    /// Writes the worker's entry as it is now.
+    async fn tell(&self, ledger: &Ledger) -> efferent_bus::Result<()> {
+        let _turn = self.writing.lock().await;
+        let worker = self.worker();
+        metrics::gauge!("efferent_worker_in_flight").set(f64::from(worker.in_flight));
+        metrics::gauge!("efferent_worker_utilisation").set(worker.time.map_or(0.0, |time| time.utilisation));
+        ledger.register_worker(&worker, TIME_TO_LIVE).await
     }
 }
 
@@ -95,6 +112,15 @@ impl Member {
     /// If the bus is unavailable.
     pub async fn join(ledger: Ledger, profile: Profile) -> efferent_bus::Result<Self> {
         Self::register(ledger, profile, WorkerState::Ready).await
+    }
+
+    /// Registers a worker that is about to load its model, so that it is seen meanwhile. Nobody counts on it before [`Member::ready`].
+    /// The profile says what is known by then; its models are not made known on the strength of that.
+    ///
+    /// # Errors
+    /// If the bus is unavailable.
+    pub async fn start(ledger: Ledger, profile: Profile) -> efferent_bus::Result<Self> {
+        Self::register(ledger, profile, WorkerState::Starting).await
     }
 
     /// Registers a worker that loads its models when they are asked for, and its models as known.
@@ -122,17 +148,18 @@ impl Member {
         };
         worker.set_role(profile.role);
         worker.set_state(state);
-        for model in &worker.models {
+        for model in worker.models.iter().filter(|_| state != WorkerState::Starting) {
             ledger.register_model(model).await?;
         }
-        ledger.register_worker(&worker, TIME_TO_LIVE).await?;
         let shared = Arc::new(Shared {
             worker: Mutex::new(worker),
             in_flight: AtomicU32::new(0),
             activity: profile.activity,
             clock: StageClock::default(),
             changed: Notify::new(),
+            writing: sync::Mutex::default(),
         });
+        shared.tell(&ledger).await?;
         let heartbeat = tokio::spawn(beat(ledger.clone(), shared.clone())).abort_handle();
         Ok(Self { id, ledger, shared, heartbeat })
     }
@@ -140,6 +167,21 @@ impl Member {
     /// Its id, unique for each start of a process.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// Says what it has loaded, and that it takes up to `capacity` tasks at once from now on; makes the model known.
+    ///
+    /// # Errors
+    /// If the bus is unavailable.
+    pub async fn ready(&self, spec: &EngineSpec, capacity: u32) -> efferent_bus::Result<()> {
+        self.ledger.register_model(&spec.model).await?;
+        {
+            let mut worker = self.shared.worker.lock().unwrap_or_else(PoisonError::into_inner);
+            worker.models = vec![spec.model.clone()];
+            (worker.capacity, worker.simulated) = (capacity, spec.simulated);
+            worker.set_state(WorkerState::Ready);
+        }
+        self.shared.tell(&self.ledger).await
     }
 
     /// Counts a task as held until the guard is dropped.
@@ -204,10 +246,7 @@ async fn beat(ledger: Ledger, shared: Arc<Shared>) {
             () = tokio::time::sleep(HEARTBEAT) => {}
             () = shared.changed.notified() => {}
         }
-        let worker = shared.worker();
-        metrics::gauge!("efferent_worker_in_flight").set(f64::from(worker.in_flight));
-        metrics::gauge!("efferent_worker_utilisation").set(worker.time.map_or(0.0, |time| time.utilisation));
-        if let Err(error) = ledger.register_worker(&worker, TIME_TO_LIVE).await {
+        if let Err(error) = shared.tell(&ledger).await {
             tracing::warn!(%error, "heartbeat failed");
         }
     }
@@ -217,4 +256,51 @@ async fn beat(ledger: Ledger, shared: Arc<Shared>) {
 pub fn host() -> String {
     let named = std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned()).ok();
     named.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "unknown".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use efferent_bus::{
+        Bucket, SharedBus,
+        embedded::Embedded,
+        ledger::{self, Options},
+    };
+
+    use super::*;
+    use crate::sim;
+
+    async fn entry(bus: &SharedBus, member: &Member) -> Option<Worker> {
+        let entry = bus.get(Bucket::Workers, member.id()).await.unwrap();
+        entry.map(|entry| ledger::decode(&entry.value, "worker", member.id()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn a_worker_is_seen_while_it_loads_and_counted_on_afterwards() {
+        let folder = tempfile::tempdir().unwrap();
+        let bus: SharedBus = Arc::new(Embedded::open(folder.path()).await.unwrap());
+        let profile = Profile {
+            role: WorkerRole::Hand,
+            models: vec![sim::model()],
+            devices: Vec::new(),
+            capacity: 0,
+            simulated: false,
+            activity: Activity::default(),
+        };
+        let member = Member::start(Ledger::new(bus.clone(), Options::default()), profile).await.unwrap();
+        let known = entry(&bus, &member).await.unwrap();
+        assert_eq!((known.state(), known.capacity, known.models.len()), (WorkerState::Starting, 0, 1));
+        assert!(bus.list(Bucket::Models).await.unwrap().is_empty(), "it may never be served");
+
+        let spec = EngineSpec { model: sim::model(), max_batch: 4, simulated: true };
+        member.ready(&spec, 4).await.unwrap();
+        let known = entry(&bus, &member).await.unwrap();
+        assert_eq!((known.state(), known.capacity, known.simulated), (WorkerState::Ready, 4, true));
+        assert_eq!(known.models, [sim::model()]);
+        assert_eq!(bus.list(Bucket::Models).await.unwrap().len(), 1);
+        let id = member.id().to_owned();
+        member.leave().await;
+        assert_eq!(bus.get(Bucket::Workers, &id).await.unwrap(), None);
+    }
 }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use efferent_bus::{
-    Bucket, Change,
+    Bucket, Change, Depth,
     ledger::{self, Ledger},
 };
 use efferent_proto::v1::{Device, Model, Worker, WorkerRole, WorkerState};
@@ -123,6 +123,14 @@ struct Place<E> {
     loaded: Option<Loaded<E>>,
     /// Until when it is not offered, as it could not be loaded.
     resting: Option<Instant>,
+    /// Since when something has been seen to wait in each of its queues, at every look.
+    seen: HashMap<String, Instant>,
+}
+
+impl<E> Place<E> {
+    fn of(candidate: Candidate<E>) -> Self {
+        Self { candidate, loaded: None, resting: None, seen: HashMap::new() }
+    }
 }
 
 /// Why a roster ended.
@@ -160,8 +168,7 @@ pub async fn run<E: Send + 'static>(
     };
     let standby = Member::stand_by(ledger.clone(), profile).await.map_err(Error::Bus)?;
     readiness.set(true);
-    let mut places: Vec<Place<E>> =
-        candidates.into_iter().map(|candidate| Place { candidate, loaded: None, resting: None }).collect();
+    let mut places: Vec<Place<E>> = candidates.into_iter().map(Place::of).collect();
     let mut outcome = Ok(());
     while !shutdown.is_triggered() {
         match ended(&mut places, unloadable).await {
@@ -179,10 +186,10 @@ pub async fn run<E: Send + 'static>(
         if rested {
             standby.offer(offered(&places));
         }
+        let views = views(&mut places, &ledger, options.role, &others).await;
         // One after the other: what is on its way in or out decides what fits.
         let moving = |loaded: &Loaded<E>| !loaded.readiness.get() || loaded.shutdown.is_triggered();
         if !places.iter().filter_map(|place| place.loaded.as_ref()).any(moving) {
-            let views = views(&places, &ledger, options.role, &others).await;
             match next(&views, options.memory, options.patience) {
                 Some(Next::Load(index)) => load(&mut places[index], &shutdown),
                 Some(Next::Unload(index)) => unload(&places[index]),
@@ -237,6 +244,8 @@ async fn ended<E>(places: &mut [Place<E>], unloadable: fn(&E) -> Option<String>)
     let mut changed = false;
     for place in places {
         let Some(loaded) = place.loaded.take_if(|loaded| loaded.task.is_finished()) else { continue };
+        // While it was loaded, its queues were not looked at each time.
+        place.seen.clear();
         let why = match loaded.task.await {
             Ok(Ok(())) => continue,
             Ok(Err(error)) => match unloadable(&error) {
@@ -256,7 +265,7 @@ async fn ended<E>(places: &mut [Place<E>], unloadable: fn(&E) -> Option<String>)
     Ok(changed)
 }
 
-async fn views<E>(places: &[Place<E>], ledger: &Ledger, role: WorkerRole, others: &Others) -> Vec<View> {
+async fn views<E>(places: &mut [Place<E>], ledger: &Ledger, role: WorkerRole, others: &Others) -> Vec<View> {
     let mut views: Vec<View> = places
         .iter()
         .map(|place| View {
@@ -269,7 +278,7 @@ async fn views<E>(places: &[Place<E>], ledger: &Ledger, role: WorkerRole, others
         .collect();
     // What waits for models that are loaded matters only if others are asked for.
     for loaded in [false, true] {
-        for (view, place) in views.iter_mut().zip(places).filter(|(view, _)| view.loaded.is_some() == loaded) {
+        for (view, place) in views.iter_mut().zip(&mut *places).filter(|(view, _)| view.loaded.is_some() == loaded) {
             view.waiting = waiting(place, ledger).await;
         }
         if views.iter().all(|view| view.waiting.is_none()) {
@@ -280,16 +289,26 @@ async fn views<E>(places: &[Place<E>], ledger: &Ledger, role: WorkerRole, others
 }
 
 /// For how long the oldest of a model's tasks waits, if any does.
-async fn waiting<E>(place: &Place<E>, ledger: &Ledger) -> Option<Duration> {
+async fn waiting<E>(place: &mut Place<E>, ledger: &Ledger) -> Option<Duration> {
     let mut waiting = None;
     for queue in place.candidate.queues.iter().filter(|_| place.resting.is_none()) {
         match ledger.bus().depth(queue).await {
-            Ok(depth) if depth.ready > 0 => waiting = waiting.max(Some(depth.oldest_age.unwrap_or_default())),
-            Ok(_) => {}
+            Ok(depth) if depth.ready > 0 => {
+                let since = *place.seen.entry(queue.clone()).or_insert_with(Instant::now);
+                waiting = waiting.max(Some(waits(&depth, since.elapsed())));
+            }
+            Ok(_) => drop(place.seen.remove(queue)),
             Err(error) => tracing::debug!(queue, %error, "cannot tell what waits"),
         }
     }
     waiting
+}
+
+/// For how long the oldest task that waits in a queue does at most, if one has been seen to for `seen`. The queue tells the age of the oldest that it holds,
+/// which another worker may have in hand.
+fn waits(depth: &Depth, seen: Duration) -> Duration {
+    let oldest = depth.oldest_age.unwrap_or_default();
+    if depth.leased == 0 { oldest } else { oldest.min(seen) }
 }
 
 /// The workers of other processes.
@@ -372,6 +391,15 @@ mod tests {
         assert_eq!(decide(&[loaded(90, 0), loaded(60, 0), out(Some(SECOND))]), None);
         assert_eq!(decide(&[loaded(90, 0), loaded(60, 0), out(Some(PATIENCE))]), Some(Next::Unload(0)));
         assert_eq!(decide(&[loaded(1, 0), loaded(0, 0), out(Some(SECOND * 9))]), None, "nobody goes who has just come");
+    }
+
+    #[test]
+    fn what_is_in_hand_elsewhere_does_not_wait() {
+        let depth = |leased| Depth { ready: 1, leased, oldest_age: Some(SECOND * 15) };
+        assert_eq!(waits(&depth(0), Duration::ZERO), SECOND * 15, "it came before this worker did");
+        assert_eq!(waits(&depth(1), Duration::ZERO), Duration::ZERO, "it may have come just now");
+        assert_eq!(waits(&depth(1), SECOND * 3), SECOND * 3);
+        assert_eq!(waits(&depth(1), SECOND * 90), SECOND * 15);
     }
 
     #[test]

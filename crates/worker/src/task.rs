@@ -321,11 +321,15 @@ impl Held {
         if time::unix_ms(self.ledger.now()) >= expires_at_ms { self.expire().await } else { self.done().await }
     }
 
-    /// It failed: ends the job, or has the task delivered again with growing delay, as often as failures of its class may happen.
+    /// It failed: ends the job, or has the task delivered again with growing delay, as often as failures of its class may happen. If the engine is gone,
+    /// hands it back.
     ///
     /// # Errors
     /// If the bus is unavailable.
     pub async fn failed(mut self, error: &EngineError) -> efferent_bus::Result<()> {
+        if matches!(error, EngineError::Gone) {
+            return self.hand_back(&error.told(), Duration::ZERO).await;
+        }
         self.defer_beginning();
         let class = error.class();
         let label = class.map_or("bad_input", class_label);

@@ -1,7 +1,8 @@
 //! The OS thread that owns a brain: async code sends it closures and awaits their results.
 //!
 //! A panic in a closure is caught, told to the caller, and the engine is built anew: its insides may be broken. (A hand has a
-//! thread of its own kind, which steps a running batch: `efferent_hand::engine_loop`.)
+//! thread of its own kind, which steps a running batch: `efferent_hand::engine_loop`.) If that fails, as it does when the device is lost, the
+//! thread ends, and with it the worker.
 
 use std::{
     any::Any,
@@ -11,6 +12,7 @@ use std::{
 };
 
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::engine::EngineError;
 
@@ -22,11 +24,12 @@ pub type Factory<E> = Box<dyn FnMut() -> Result<Box<E>, EngineError> + Send>;
 /// A handle to an engine on its own thread. The thread ends when the last handle is dropped.
 pub struct EngineThread<E: ?Sized> {
     jobs: mpsc::Sender<Job<E>>,
+    ended: CancellationToken,
 }
 
 impl<E: ?Sized> Clone for EngineThread<E> {
     fn clone(&self) -> Self {
-        Self { jobs: self.jobs.clone() }
+        Self { jobs: self.jobs.clone(), ended: self.ended.clone() }
     }
 }
 
@@ -44,6 +47,8 @@ impl<E: ?Sized + 'static> EngineThread<E> {
     pub async fn start(name: &str, mut factory: Factory<E>) -> Result<Self, EngineError> {
         let (jobs, inbox) = mpsc::channel::<Job<E>>();
         let (loaded, wait) = oneshot::channel();
+        let ended = CancellationToken::new();
+        let end = ended.clone().drop_guard();
         thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || {
@@ -57,6 +62,8 @@ impl<E: ?Sized + 'static> EngineThread<E> {
                         return;
                     }
                 };
+                // Dropped before the engine is, which may take long if its device is lost.
+                let _end = end;
                 while let Ok(job) = inbox.recv() {
                     if let Some(message) = job(engine.as_mut()) {
                         tracing::error!(message, "the engine panicked; building it anew");
@@ -72,18 +79,17 @@ impl<E: ?Sized + 'static> EngineThread<E> {
             })
             .map_err(|error| EngineError::compute("starting the engine's thread", error))?;
         wait.await.unwrap_or_else(|_| Err(EngineError::Crashed("panicked while loading".to_owned())))?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, ended })
     }
 
     /// Runs a closure on the engine's thread, after those that were sent before.
     ///
     /// # Errors
-    /// [`EngineError::Crashed`] if it panics, or if the engine is gone for good.
+    /// [`EngineError::Crashed`] if it panics, [`EngineError::Gone`] if the engine is gone for good.
     pub async fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce(&mut E) -> T + Send + 'static,
     ) -> Result<T, EngineError> {
-        let gone = || EngineError::Crashed("the engine's thread has ended".to_owned());
         let (reply, answer) = oneshot::channel();
         let job: Job<E> = Box::new(move |engine| match catch_unwind(AssertUnwindSafe(|| work(engine))) {
             Ok(value) => {
@@ -96,8 +102,18 @@ impl<E: ?Sized + 'static> EngineThread<E> {
                 Some(message)
             }
         });
-        self.jobs.send(job).map_err(|_| gone())?;
-        answer.await.unwrap_or_else(|_| Err(gone()))
+        self.jobs.send(job).map_err(|_| EngineError::Gone)?;
+        answer.await.unwrap_or(Err(EngineError::Gone))
+    }
+
+    /// Waits until the thread has ended: while there is a handle, because the engine is gone for good.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.ended.clone().cancelled_owned()
+    }
+
+    /// Whether the thread has ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.is_cancelled()
     }
 }
 
@@ -141,6 +157,21 @@ mod tests {
         let error = engine.run(|_| -> u32 { panic!("broken") }).await.unwrap_err();
         assert!(matches!(error, EngineError::Crashed(message) if message == "broken"));
         assert_eq!(engine.run(|n| *n).await.unwrap(), 200);
+    }
+
+    #[tokio::test]
+    async fn an_engine_that_cannot_be_built_anew_is_gone() {
+        let mut built = 0;
+        let factory = move || {
+            built += 1;
+            if built > 1 { Err(EngineError::Missing("no device".to_owned())) } else { Ok(Box::new(0)) }
+        };
+        let engine = EngineThread::<u32>::start("test", Box::new(factory)).await.unwrap();
+        assert!(!engine.has_ended());
+        let error = engine.run(|_| -> u32 { panic!("broken") }).await.unwrap_err();
+        assert!(matches!(error, EngineError::Crashed(message) if message == "broken"), "it counts for who was at work");
+        engine.ended().await;
+        assert!(matches!(engine.run(|n| *n).await, Err(EngineError::Gone)) && engine.has_ended());
     }
 
     #[tokio::test]

@@ -15,12 +15,18 @@ use crate::{
     thread::Factory,
 };
 
-/// An engine was in one call for longer than it may.
+/// An engine does not come back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the engine has not come back from a step for {}", humantime::format_duration(Duration::from_secs(after.as_secs().max(1))))]
-pub struct Hang {
-    /// For how long.
-    pub after: Duration,
+pub enum Hang {
+    /// It was in one call for longer than it may.
+    #[error("the engine has not come back from a step for {}", humantime::format_duration(Duration::from_secs(after.as_secs().max(1))))]
+    Call {
+        /// For how long.
+        after: Duration,
+    },
+    /// It crashed and cannot be built anew. Its thread knows this, not the watchdog.
+    #[error("the engine crashed and cannot be built anew")]
+    Gone,
 }
 
 /// Knows since when an engine is in the call that it is in.
@@ -49,7 +55,7 @@ impl Watchdog {
             tokio::time::sleep((limit / 8).min(Duration::from_secs(1))).await;
             let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(after) = since.map(|since| since.elapsed()).filter(|after| *after > limit) {
-                return Hang { after };
+                return Hang::Call { after };
             }
         }
     }
@@ -141,7 +147,7 @@ mod tests {
         assert!(tokio::time::timeout(soon, watchdog.hangs(limit)).await.is_err(), "nothing is done");
         let call = watchdog.begin();
         assert!(tokio::time::timeout(soon, watchdog.hangs(Duration::ZERO)).await.is_err(), "nobody is to notice");
-        assert!(watchdog.hangs(limit).await.after >= limit);
+        assert!(matches!(watchdog.hangs(limit).await, Hang::Call { after } if after >= limit));
         drop(call);
         assert!(tokio::time::timeout(soon, watchdog.hangs(limit)).await.is_err(), "the call is over");
     }
