@@ -155,12 +155,15 @@ pub struct Tally {
 }
 
 /// Counters that are added up over all processes.
-const COUNTERS: [&str; 5] = [
+const COUNTERS: [&str; 8] = [
     "efferent_images_total",
     "efferent_results_duplicate_total",
     "efferent_redeliveries_total",
     "efferent_tasks_dropped_total",
     "efferent_dead_letters_total",
+    "efferent_hand_checkpoints_total",
+    "efferent_hand_resumes_total",
+    "efferent_hand_steps_saved_total",
 ];
 
 impl Tally {

@@ -1,7 +1,7 @@
 //! Clients that do not give up, and what must hold of their jobs when all is over.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -16,8 +16,8 @@ use efferent_bus::{
 use efferent_proto::{
     ApiError, names,
     v1::{
-        Batch, BatchState, GenerateRequest, GetBatchRequest, GetImageRequest, GetJobRequest, Image, ItemState, Job,
-        JobState, ListBatchResultsRequest, job_event::Event,
+        Batch, BatchItem, BatchState, GenerateRequest, GetBatchRequest, GetImageRequest, GetJobRequest, Image,
+        ItemState, Job, JobState, ListBatchResultsRequest, job_event::Event,
     },
 };
 use tokio::{task::JoinSet, time::timeout};
@@ -141,6 +141,26 @@ impl Front {
         }
     }
 
+    /// A batch's items. A stream that breaks is gone on with.
+    async fn results(&self, batch_id: &str) -> Vec<BatchItem> {
+        let mut items: Vec<BatchItem> = Vec::new();
+        loop {
+            let start = items.len() as u64;
+            let list = |channel| async move {
+                let request = ListBatchResultsRequest { batch_id: batch_id.to_owned(), start, states: Vec::new() };
+                batches::Client::new(channel).list_batch_results(request).await
+            };
+            let mut stream = self.ask(list).await.into_inner();
+            loop {
+                match timeout(SILENCE, stream.next()).await {
+                    Ok(Some(Ok(item))) => items.push(item),
+                    Ok(None) => return items,
+                    _ => break,
+                }
+            }
+        }
+    }
+
     async fn image_is_right(&self, job_id: &str, image: &Image) {
         let fetch = |channel| async move {
             let request = GetImageRequest { job_id: job_id.to_owned(), image_index: image.image_index };
@@ -181,11 +201,15 @@ pub struct Harvest {
     pub slowest: Duration,
 }
 
+/// How many times the steps some requests take, so that hands store checkpoints of them.
+const LONG: u32 = 20;
+
 /// The request of this number. Each two have the same seed, so the same picture.
 fn single(number: u64, steps: u32) -> GenerateRequest {
+    let is_long = (number / 2) % 8 == 3;
     GenerateRequest {
         seed: Some(number / 2),
-        steps: Some(steps),
+        steps: Some(if is_long { steps * LONG } else { steps }),
         idempotency_key: format!("single-{number}"),
         image_count: Some(1 + u32::from((number / 2).is_multiple_of(5))),
         ..request("a cat")
@@ -234,16 +258,7 @@ pub async fn check(front: &Front, ledger: &Ledger, load: &Load, harvest: &Harves
     let batch = &harvest.batch;
     assert_eq!((batch.state(), batch.item_count), (BatchState::Ended, load.items as u64));
     assert_eq!(batch.succeeded + batch.failed, batch.item_count, "{batch:?}");
-    let list = |channel| async move {
-        let request = ListBatchResultsRequest { batch_id: batch.batch_id.clone(), start: 0, states: Vec::new() };
-        let mut stream = batches::Client::new(channel).list_batch_results(request).await?.into_inner();
-        let mut items = Vec::new();
-        while let Some(item) = stream.next().await {
-            items.push(item?);
-        }
-        Ok(items)
-    };
-    let items = front.ask(list).await;
+    let items = front.results(&batch.batch_id).await;
     assert!(items.iter().map(|item| item.index).eq(0..load.items as u64), "each item once, in order");
     for item in &items {
         let images = if item.state() == ItemState::Succeeded { 1 } else { 0 };
@@ -292,8 +307,9 @@ pub async fn check(front: &Front, ledger: &Ledger, load: &Load, harvest: &Harves
     while let Some(checked) = checks.join_next().await {
         checked.expect("is right");
     }
+    let by_id: HashMap<_, _> = records.iter().map(|record| (job_id(record), record)).collect();
     for (key, job) in &harvest.jobs {
-        let record = records.iter().find(|record| job_id(record) == job.job_id).expect("is kept");
+        let record = by_id.get(job.job_id.as_str()).expect("is kept");
         assert_eq!(transition::public_job(record), *job, "{key}: nothing changes a job that has ended");
     }
     queues_are_empty(ledger).await;

@@ -42,11 +42,20 @@ const SETTINGS: &[(&str, &str)] = &[
     ("EFFERENT_LEDGER__LEASE", "2s"),
     ("EFFERENT_SIM__EMBED", "5ms"),
     ("EFFERENT_SIM__STEP", "10ms"),
+    ("EFFERENT_HAND__CHECKPOINT_AFTER", "300ms"),
+    ("EFFERENT_HAND__CHECKPOINT_INTERVAL", "200ms"),
     ("EFFERENT_LOG", "warn"),
 ];
 
 fn is_long() -> bool {
     std::env::var("EFFERENT_FAULTS").is_ok_and(|form| form == "long")
+}
+
+/// How many items a batch has, in the short form and in the long one.
+fn items(short: usize, long: usize) -> usize {
+    let told = std::env::var("EFFERENT_FAULT_ITEMS").ok();
+    let told = told.map(|text| text.parse().expect("EFFERENT_FAULT_ITEMS is a number"));
+    told.unwrap_or(if is_long() { long } else { short })
 }
 
 async fn ledger(cluster: &Cluster, replicas: usize) -> Ledger {
@@ -79,7 +88,7 @@ async fn ordeal(cluster: Cluster, scope: &Scope, faults: Vec<Fault>, load: &Load
     let suffered = started.elapsed();
     let harvest = match harvest {
         Some(harvest) => harvest,
-        None => tokio::time::timeout(SECOND * 120, &mut sending)
+        None => tokio::time::timeout(SECOND * 120 + SECOND * load.items as u32 / 20, &mut sending)
             .await
             .unwrap_or_else(|_| panic!("work does not end once the faults have\n{}", battered.cluster.log())),
     };
@@ -93,6 +102,7 @@ async fn ordeal(cluster: Cluster, scope: &Scope, faults: Vec<Fault>, load: &Load
     eprintln!(
         "{} jobs ({} single, {} of a batch), {} ended with an error, {} dead letters; {} of {planned} faults: {:?}\n\
          images {}, redeliveries {}, duplicates suppressed {}, tasks dropped {}; calls that were asked again {}\n\
+         checkpoints {}, images gone on with from one {}, steps saved by that {}\n\
          faults for {:.1} s, work over after {:.1} s, slowest request {:.1} s",
         harvest.jobs.len() + load.items,
         harvest.jobs.len(),
@@ -106,6 +116,9 @@ async fn ordeal(cluster: Cluster, scope: &Scope, faults: Vec<Fault>, load: &Load
         tally.counter("efferent_results_duplicate_total"),
         tally.counter("efferent_tasks_dropped_total"),
         front.refusals.load(Ordering::Relaxed),
+        tally.counter("efferent_hand_checkpoints_total"),
+        tally.counter("efferent_hand_resumes_total"),
+        tally.counter("efferent_hand_steps_saved_total"),
         suffered.as_secs_f64(),
         worked.as_secs_f64(),
         harvest.slowest.as_secs_f64(),
@@ -115,7 +128,9 @@ async fn ordeal(cluster: Cluster, scope: &Scope, faults: Vec<Fault>, load: &Load
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_accepted_is_lost_and_nothing_is_done_twice_whoever_dies() {
-    let length = if is_long() { SECOND * 600 } else { SECOND * 20 };
+    // For as long as the batch takes, or nearly.
+    let items = items(300, 5000);
+    let length = if is_long() { (SECOND * 600).max(SECOND * items as u32 / 60) } else { SECOND * 20 };
     let scope = Scope {
         brains: 2,
         hands: 3,
@@ -126,7 +141,6 @@ async fn nothing_accepted_is_lost_and_nothing_is_done_twice_whoever_dies() {
         pauses: (LEASE + SECOND / 2, LEASE + SECOND * 3),
         length,
     };
-    let items = if is_long() { 5000 } else { 300 };
     let load = Load { clients: 6, at_least: 150, items, steps: 6 };
     ordeal(Cluster::start(SETTINGS), &scope, plan(seed(), &scope), &load).await;
 }
