@@ -126,3 +126,18 @@ pub fn check_vocabulary(name: &str, known: usize, largest: usize) -> Result<(), 
     let message = format!("{name} knows {known} tokens, its tokenizer counts up to {largest}");
     Err(ApiError::new(ErrorCode::InvalidField, message).field("brain.config").into())
 }
+
+/// Refuses a model that is to read longer sequences than are computed as it was trained.
+///
+/// # Errors
+/// If so.
+pub fn check_length(name: &str, model: &Config, longest: usize) -> Result<(), EngineError> {
+    match model.longest {
+        Some(limit) if longest > limit => {
+            let message = format!("{name} reads sequences of up to {limit} tokens, not {longest}");
+            let refused = ApiError::new(ErrorCode::LimitExceeded, message).field("brain.config.max_tokens");
+            Err(refused.limit(limit.to_string()).into())
+        }
+        _ => Ok(()),
+    }
+}

@@ -9,7 +9,12 @@ use std::{collections::HashMap, path::Path, time::Instant};
 
 use candle_core::{DType, Device, Result, Tensor};
 use efferent_hand::networks::{
-    LatentSpace as _, autoencoder::Autoencoder, dc_autoencoder::DcAutoencoder, sana::Sana, unet::Unet, z_image::ZImage,
+    LatentSpace as _,
+    autoencoder::Autoencoder,
+    dc_autoencoder::DcAutoencoder,
+    sana::Sana,
+    unet::{self, Unet},
+    z_image::{Text, ZImage},
 };
 use efferent_worker::{
     nn::decoder::{Config, Decoder, Naming},
@@ -64,7 +69,10 @@ fn load(kind: &str, folder: &Path, dtype: Dtype) -> std::result::Result<Run, Fai
         "unet" => {
             let network = Unet::new(config(folder)?, &mut weights)?;
             let (x, time, text) = (last(&input("x")?)?, input("time")?, input("text")?);
-            Box::new(move || first(&network.forward(&x, &time, &text, None, None)?))
+            Box::new(move || {
+                let text = unet::Text { states: &text, bias: None };
+                first(&network.forward(&x, &time, text, None, None)?)
+            })
         }
         "vae" => {
             let network = Autoencoder::new(config(folder)?, &mut weights)?;
@@ -85,7 +93,7 @@ fn load(kind: &str, folder: &Path, dtype: Dtype) -> std::result::Result<Run, Fai
             let network = ZImage::new(config(folder)?, &mut weights)?;
             let (x, time, text) = (input("x")?, input("time")?, input("text")?);
             let present = Tensor::ones((1, text.dim(1)?), DType::F32, &device)?;
-            Box::new(move || network.forward(&x, &time, &text, &present))
+            Box::new(move || network.forward(&x, &time, Text { states: &text, present: &present, bias: None }))
         }
         "language" => {
             let config = Config::published(&config(folder)?)?;

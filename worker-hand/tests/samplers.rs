@@ -94,3 +94,38 @@ fn schedules_and_trajectories_are_those_of_diffusers() {
     let over: Vec<_> = worst.iter().filter(|(error, _)| error.is_nan() || *error > 1e-6).take(20).collect();
     assert!(over.is_empty(), "{} of {}: {over:#?}", over.len(), worst.len());
 }
+
+/// Noise levels of diffusers 0.42.1: `FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True, ...)`, `.set_timesteps(4)`, or `.set_timesteps(sigmas=[1, .75, .5, .25], mu=...)`.
+#[test]
+fn levels_of_karras_between_those_of_a_flow() {
+    let flow = |even, mu| Flow { even, mu };
+    for (more, flow, wanted) in [
+        (r#""shift": 3.0"#, flow(false, None), [1.0, 0.286_693_93, 0.062_588_63, 0.008_928_572, 0.0]),
+        (r#""shift": 3.0"#, flow(true, None), [1.0, 0.799_707_9, 0.634_835, 0.5, 0.0]),
+        (r#""use_dynamic_shifting": true"#, flow(true, Some(0.83)), [1.0, 0.765_013_8, 0.579_041, 0.433_247_8, 0.0]),
+    ] {
+        let text =
+            format!(r#"{{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_karras_sigmas": true, {more}}}"#);
+        let plan = Plan::new(&serde_json::from_str(&text).unwrap(), Sampler::Euler, 4, 0, flow).unwrap();
+        let levels: Vec<f32> = plan.levels().map(|level| level as f32).collect();
+        assert!(difference(&levels, &wanted) < 1e-6, "{more}: {levels:?}");
+        let times: Vec<f32> = wanted[..4].iter().map(|level| level * 1000.0).collect();
+        assert!(difference(plan.times(), &times) < 1e-6, "{more}: {:?}", plan.times());
+    }
+}
+
+#[test]
+fn a_shift_by_size_wants_a_size() {
+    let text = r#"{"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": true, "flow_shift": 3.0, "prediction_type": "flow_prediction",
+                   "use_dynamic_shifting": DYNAMIC}"#;
+    let plan = |dynamic: &str, sampler| {
+        let config: Config = serde_json::from_str(&text.replace("DYNAMIC", dynamic)).unwrap();
+        Plan::new(&config, sampler, 4, 0, Flow::default())
+    };
+    // What diffusers' DPM-Solver does that is told no size.
+    assert_eq!(plan("true", Sampler::DpmPp2m), plan("false", Sampler::DpmPp2m));
+    for sampler in [Sampler::UniPc, Sampler::Euler] {
+        assert!(plan("false", sampler).is_ok());
+        assert!(plan("true", sampler).unwrap_err().to_string().contains("use_dynamic_shifting"), "{sampler}");
+    }
+}

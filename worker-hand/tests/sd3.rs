@@ -64,6 +64,26 @@ fn a_bias_hides_tokens_of_the_text() {
 }
 
 #[test]
+fn a_bias_hides_patches_in_every_attention() {
+    // The image attends to itself alone in these blocks, too.
+    let sd3 = sd3("dual");
+    let config = sd3.config();
+    let random = |shape: &[usize]| Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap();
+    let side = config.patch_size;
+    let (kept, time) = (random(&[1, config.in_channels, side, side]), Tensor::new(&[500f32], &Device::Cpu).unwrap());
+    let (states, pooled) = (random(&[1, 3, config.joint_attention_dim]), random(&[1, config.pooled_projection_dim]));
+    // Two patches side by side, the second hidden from both.
+    let bias = Tensor::new(&[[[[0f32, -1e9, 0.0, 0.0, 0.0]]]], &Device::Cpu).unwrap();
+    let first = |bias: Option<&Tensor>, hidden: &Tensor| {
+        let x = Tensor::cat(&[&kept, hidden], 3).unwrap();
+        sd3.forward(&x, &time, &states, &pooled, bias).unwrap().narrow(3, 0, side).unwrap()
+    };
+    let [one, other] = [(), ()].map(|()| random(&[1, config.in_channels, side, side]));
+    assert!(difference(&first(Some(&bias), &one), &first(Some(&bias), &other)) < ROUNDING);
+    assert!(difference(&first(None, &one), &first(None, &other)) > 1e-3);
+}
+
+#[test]
 fn what_is_not_computed_here_is_refused() {
     for (field, value, wanted) in [
         ("qk_norm", serde_json::json!("layer_norm"), "qk_norm \"layer_norm\""),

@@ -9,8 +9,9 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Tensor};
 use efferent_worker::{
     nn::{
-        decoder::{Config, Decoder, Naming, RotaryPairs, Sight},
+        decoder::{Config, Decoder, Naming, RotaryPairs, Sight, Window},
         ops::Activation,
+        rotary::Stretch,
     },
     weights::Weights,
 };
@@ -32,6 +33,8 @@ fn llama() -> Config {
         head_width: 4,
         mlp_width: 24,
         rotary_base: 1e5,
+        rotary_stretch: None,
+        longest: None,
         rotary_pairs: RotaryPairs::Halves,
         rotary_axes: None,
         norm_eps: 1e-5,
@@ -66,10 +69,24 @@ fn families() -> Vec<(&'static str, Config)> {
         output_norm: true,
         logit_width: Some(12),
         soft_cap: Some(2.0),
-        sliding_window: Some(3),
+        sliding_window: Some(Window::EverySecond(3)),
         ..gemma.clone()
     };
-    vec![("llama", llama()), ("qwen2", qwen2), ("qwen3", qwen3), ("gemma", gemma), ("gemma2", gemma2)]
+    let stretch = Stretch { factor: 4.0, low: 1.0, high: 4.0, positions: 32.0 };
+    let llama3 = Config { head_width: 8, rotary_base: 1e2, rotary_stretch: Some(stretch), ..llama() };
+    let mistral = Config { rotary_base: 1e4, sliding_window: Some(Window::Every(3)), ..llama() };
+    // Up to its longest sequence the base is what it is.
+    let dynamic = Config { longest: Some(16), ..qwen2.clone() };
+    vec![
+        ("llama", llama()),
+        ("llama3", llama3),
+        ("mistral", mistral),
+        ("qwen2", qwen2),
+        ("dynamic", dynamic),
+        ("qwen3", qwen3),
+        ("gemma", gemma),
+        ("gemma2", gemma2),
+    ]
 }
 
 /// Largest difference at present positions, over the largest value.
@@ -146,6 +163,9 @@ fn what_cannot_be_is_an_error() {
     let mask = Tensor::ones((1, 2), DType::F32, &Device::Cpu).unwrap();
     assert!(decoder.states(&embeddings, &mask, &[4]).is_err(), "a layer that is not there");
     assert!(decoder.states(&embeddings, &mask.narrow(1, 0, 1).unwrap(), &[1]).is_err(), "a mask of another length");
+    let short = Decoder::new(Config { longest: Some(1), ..llama() }, Naming::Transformers, &mut open("llama")).unwrap();
+    let told = short.states(&embeddings, &mask, &[1]).unwrap_err().to_string();
+    assert!(told.contains("2 tokens; this model reads up to 1"), "{told}");
 }
 
 #[test]

@@ -24,6 +24,7 @@ use super::{
 
 /// What `config.json` says. What it may say otherwise is refused by [`Autoencoder::new`], or changes nothing of what is computed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Channels of a picture that goes in.
     pub in_channels: usize,
@@ -40,33 +41,50 @@ pub struct Config {
     /// Activation.
     pub act_fn: Activation,
     /// What latents are multiplied by for a denoiser. Stable Diffusion 1.5's configuration is older than the field.
-    #[serde(default = "scaling_factor")]
     pub scaling_factor: f64,
     /// What is taken off latents before that.
-    #[serde(default)]
     pub shift_factor: Option<f64>,
     /// Whether latents go through a convolution of one pixel after the encoder.
-    #[serde(default = "yes")]
     pub use_quant_conv: bool,
     /// Whether they do before the decoder.
-    #[serde(default = "yes")]
     pub use_post_quant_conv: bool,
     /// Whether the middle has an attention.
-    #[serde(default = "yes")]
     pub mid_block_add_attention: bool,
     /// Pixels of the pictures that it was trained with: of a tile, where a picture is made in tiles.
-    #[serde(default)]
     pub sample_size: SampleSize,
     /// Kinds of the levels; there is one.
     pub down_block_types: Vec<DownBlock>,
     /// Kinds of the levels; there is one.
     pub up_block_types: Vec<UpBlock>,
     /// Means of latents, channel by channel: not known here.
-    #[serde(default)]
     pub latents_mean: Option<Vec<f64>>,
     /// Deviations of latents, channel by channel: not known here.
-    #[serde(default)]
     pub latents_std: Option<Vec<f64>>,
+}
+
+/// What diffusers takes for fields that are left out; some are younger than files that are in use.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            in_channels: 3,
+            out_channels: 3,
+            block_out_channels: vec![64],
+            layers_per_block: 1,
+            latent_channels: 4,
+            norm_num_groups: 32,
+            act_fn: Activation::Silu,
+            scaling_factor: 0.18215,
+            shift_factor: None,
+            use_quant_conv: true,
+            use_post_quant_conv: true,
+            mid_block_add_attention: true,
+            sample_size: SampleSize::default(),
+            down_block_types: vec![DownBlock::Plain],
+            up_block_types: vec![UpBlock::Plain],
+            latents_mean: None,
+            latents_std: None,
+        }
+    }
 }
 
 /// Pixels of a side, or of two.
@@ -83,14 +101,6 @@ impl Default for SampleSize {
     fn default() -> Self {
         Self::Side(32)
     }
-}
-
-fn scaling_factor() -> f64 {
-    0.18215
-}
-
-fn yes() -> bool {
-    true
 }
 
 /// A level of the encoder.

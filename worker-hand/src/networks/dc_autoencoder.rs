@@ -93,6 +93,7 @@ pub enum Last {
 
 /// What `config.json` says. Other fields are refused by [`DcAutoencoder::new`].
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 #[allow(missing_docs, reason = "the fields are those of the published configuration")]
 pub struct Config {
     /// Channels of a picture.
@@ -115,12 +116,9 @@ pub struct Config {
     pub decoder_norm_types: Each<NormType>,
     pub decoder_act_fns: Each<Activation>,
     /// Whether the encoder's last convolution is added to a mean of what went in.
-    #[serde(default = "yes")]
     pub encoder_out_shortcut: bool,
     /// Whether the decoder's first convolution is added to what went in.
-    #[serde(default = "yes")]
     pub decoder_in_shortcut: bool,
-    #[serde(default = "relu")]
     pub decoder_conv_act_fn: Last,
     /// What latents are multiplied by for a denoiser.
     pub scaling_factor: f64,
@@ -128,12 +126,33 @@ pub struct Config {
     others: BTreeMap<String, serde_json::Value>,
 }
 
-fn yes() -> bool {
-    true
-}
-
-fn relu() -> Last {
-    Last::Relu
+/// What diffusers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        let scales = || [vec![], vec![], vec![], vec![5], vec![5], vec![5]].to_vec();
+        Self {
+            in_channels: 3,
+            latent_channels: 32,
+            attention_head_dim: 32,
+            encoder_block_types: Each::One(BlockType::ResBlock),
+            decoder_block_types: Each::One(BlockType::ResBlock),
+            encoder_block_out_channels: vec![128, 256, 512, 512, 1024, 1024],
+            decoder_block_out_channels: vec![128, 256, 512, 512, 1024, 1024],
+            encoder_layers_per_block: vec![2, 2, 2, 3, 3, 3],
+            decoder_layers_per_block: vec![3; 6],
+            encoder_qkv_multiscales: scales(),
+            decoder_qkv_multiscales: scales(),
+            upsample_block_type: Up::Shuffle,
+            downsample_block_type: Down::Unshuffle,
+            decoder_norm_types: Each::One(NormType::Rms),
+            decoder_act_fns: Each::One(Activation::Silu),
+            encoder_out_shortcut: true,
+            decoder_in_shortcut: true,
+            decoder_conv_act_fn: Last::Relu,
+            scaling_factor: 1.0,
+            others: BTreeMap::new(),
+        }
+    }
 }
 
 const EPS: f64 = 1e-5;

@@ -22,11 +22,11 @@ use super::{
 
 /// What `config.json` says. Other fields are refused by [`Flux::new`].
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Channels of an image token: 2 x 2 cells of the latent.
     pub in_channels: usize,
     /// Channels of what comes out for each, if they are others.
-    #[serde(default)]
     pub out_channels: Option<usize>,
     /// Blocks of two streams.
     pub num_layers: usize,
@@ -41,24 +41,33 @@ pub struct Config {
     /// Channels of the pooled text.
     pub pooled_projection_dim: usize,
     /// Whether the strength of guidance is told to the network.
-    #[serde(default)]
     pub guidance_embeds: bool,
     /// Channels of a head that turn with each axis of a token's place; even, and in all those of a head.
-    #[serde(default = "axes")]
     pub axes_dims_rope: Vec<usize>,
     /// Cells of a patch; packing is done outside.
-    #[serde(default = "one")]
     pub patch_size: usize,
     #[serde(flatten)]
     others: BTreeMap<String, serde_json::Value>,
 }
 
-fn axes() -> Vec<usize> {
-    vec![16, 56, 56]
-}
-
-fn one() -> usize {
-    1
+/// What diffusers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            in_channels: 64,
+            out_channels: None,
+            num_layers: 19,
+            num_single_layers: 38,
+            attention_head_dim: 128,
+            num_attention_heads: 24,
+            joint_attention_dim: 4096,
+            pooled_projection_dim: 768,
+            guidance_embeds: false,
+            axes_dims_rope: vec![16, 56, 56],
+            patch_size: 1,
+            others: BTreeMap::new(),
+        }
+    }
 }
 
 /// Base of the rotary frequencies.

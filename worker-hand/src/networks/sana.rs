@@ -21,6 +21,7 @@ use super::blocks::{GatedConvolution, from_patches, modulated_layer_norm, sinuso
 
 /// What `config.json` says. Other fields are refused by [`Sana::new`].
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Channels of a latent.
     pub in_channels: usize,
@@ -43,42 +44,56 @@ pub struct Config {
     /// Channels inside the convolutions, for each outside.
     pub mlp_ratio: f64,
     /// Whether the image's queries, keys and values have biases.
-    #[serde(default)]
     pub attention_bias: bool,
     /// Cells of a latent along a side that pictures usually have.
     pub sample_size: usize,
     /// Cells of a patch along each side.
     pub patch_size: usize,
     /// Whether the norm before the convolutions has weights: not known here.
-    #[serde(default)]
     pub norm_elementwise_affine: bool,
     /// Epsilon of the norms in blocks.
     pub norm_eps: f64,
     /// Tokens are told their places, counted in units of this; without it they are not told.
-    #[serde(default)]
     pub interpolation_scale: Option<f64>,
     /// Whether it is told the strength of guidance.
-    #[serde(default)]
     pub guidance_embeds: bool,
     /// What that is multiplied by before.
-    #[serde(default = "guidance_scale")]
     pub guidance_embeds_scale: f64,
     /// Whether queries and keys are normed: `rms_norm_across_heads`, or none.
-    #[serde(default)]
     pub qk_norm: Option<String>,
     /// What the time is multiplied by, if it is not told the strength of guidance.
-    #[serde(default = "one")]
     pub timestep_scale: f64,
     #[serde(flatten)]
     others: BTreeMap<String, serde_json::Value>,
 }
 
-fn guidance_scale() -> f64 {
-    0.1
-}
-
-fn one() -> f64 {
-    1.0
+/// What diffusers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            in_channels: 32,
+            out_channels: 32,
+            num_attention_heads: 70,
+            attention_head_dim: 32,
+            num_layers: 20,
+            num_cross_attention_heads: 20,
+            cross_attention_head_dim: 112,
+            cross_attention_dim: 2240,
+            caption_channels: 2304,
+            mlp_ratio: 2.5,
+            attention_bias: false,
+            sample_size: 32,
+            patch_size: 1,
+            norm_elementwise_affine: false,
+            norm_eps: 1e-6,
+            interpolation_scale: None,
+            guidance_embeds: false,
+            guidance_embeds_scale: 0.1,
+            qk_norm: None,
+            timestep_scale: 1.0,
+            others: BTreeMap::new(),
+        }
+    }
 }
 
 /// Epsilon of the norms of queries, keys and the text.

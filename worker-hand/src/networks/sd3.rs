@@ -21,6 +21,7 @@ use super::joint::{Embedder, Heads, Rest, Side, Sizes, modulation, normed};
 
 /// What `config.json` says. Other fields are refused by [`Sd3::new`].
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Cells of a latent along a side that pictures usually have.
     pub sample_size: usize,
@@ -45,13 +46,33 @@ pub struct Config {
     /// Patches along each side of the table of places.
     pub pos_embed_max_size: usize,
     /// Blocks in which the image also attends to itself alone.
-    #[serde(default)]
     pub dual_attention_layers: Vec<usize>,
     /// Whether queries and keys are normed: `rms_norm`, or none.
-    #[serde(default)]
     pub qk_norm: Option<String>,
     #[serde(flatten)]
     others: BTreeMap<String, serde_json::Value>,
+}
+
+/// What diffusers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            sample_size: 128,
+            patch_size: 2,
+            in_channels: 16,
+            out_channels: 16,
+            num_layers: 18,
+            attention_head_dim: 64,
+            num_attention_heads: 18,
+            joint_attention_dim: 4096,
+            caption_projection_dim: 1152,
+            pooled_projection_dim: 2048,
+            pos_embed_max_size: 96,
+            dual_attention_layers: Vec::new(),
+            qk_norm: None,
+            others: BTreeMap::new(),
+        }
+    }
 }
 
 /// The network.
@@ -125,7 +146,8 @@ impl Block {
         let mut image_out = ops::gated_sum(image, &self.image_rest.output.forward(&to_image)?, &of_image[2])?;
         if let Some((heads, output)) = &self.alone {
             let [q, k, v] = heads.forward(&normed(image, &of_image[7], &of_image[6])?)?;
-            let attended = attend(&q, &k, &v, None, logits)?.flatten_from(2)?;
+            let bias = bias.map(|bias| bias.narrow(3, 0, tokens)).transpose()?;
+            let attended = attend(&q, &k, &v, bias.as_ref(), logits)?.flatten_from(2)?;
             image_out = ops::gated_sum(&image_out, &output.forward(&attended)?, &of_image[8])?;
         }
         let image_out = self.image_rest.mlp(&image_out, &of_image[3..6])?;

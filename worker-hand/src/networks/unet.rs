@@ -19,6 +19,7 @@ use super::blocks::{Norm, Residual, sinusoid};
 
 /// What `config.json` says. What it may say otherwise is refused by [`Unet::new`], or changes nothing of what is computed.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Channels of the latent that goes in.
     pub in_channels: usize,
@@ -35,15 +36,12 @@ pub struct Config {
     /// Heads of each level. (The name is an old mistake of the format.)
     pub attention_head_dim: Each,
     /// Heads of each level, in configurations that name them right.
-    #[serde(default)]
     pub num_attention_heads: Option<Each>,
     /// Transformer blocks of each attention.
-    #[serde(default = "one")]
     pub transformer_layers_per_block: Each,
     /// Channels of the conditioning.
     pub cross_attention_dim: usize,
     /// Whether attentions begin and end with linear maps; else with convolutions of one pixel, which compute the same.
-    #[serde(default)]
     pub use_linear_projection: bool,
     /// Groups of every group norm.
     pub norm_num_groups: usize,
@@ -56,27 +54,52 @@ pub struct Config {
     /// Taken off the number of the time embedding's frequencies.
     pub freq_shift: f64,
     /// `text_time`: a pooled text and numbers of the picture's size are added to the time (SDXL).
-    #[serde(default)]
     pub addition_embed_type: Option<String>,
     /// Channels for each of those numbers.
-    #[serde(default)]
     pub addition_time_embed_dim: Option<usize>,
     /// Channels of the pooled text and of all those numbers.
-    #[serde(default)]
     pub projection_class_embeddings_input_dim: Option<usize>,
+    /// Channels of an embedding of the strength of guidance, which is added to the time's: of networks that are told it (LCM).
+    pub time_cond_proj_dim: Option<usize>,
     /// Fields that are not looked into unless they are set to something that computes otherwise.
     #[serde(flatten)]
     pub others: serde_json::Map<String, serde_json::Value>,
 }
 
-fn one() -> Each {
-    Each::Same(1)
+/// What diffusers takes for fields that are left out; some are younger than files that are in use.
+impl Default for Config {
+    fn default() -> Self {
+        use Kind::{Attention, Plain};
+        Self {
+            in_channels: 4,
+            out_channels: 4,
+            block_out_channels: vec![320, 640, 1280, 1280],
+            down_block_types: vec![Attention, Attention, Attention, Plain],
+            up_block_types: vec![Plain, Attention, Attention, Attention],
+            layers_per_block: Each::Same(2),
+            attention_head_dim: Each::Same(8),
+            num_attention_heads: None,
+            transformer_layers_per_block: Each::Same(1),
+            cross_attention_dim: 1280,
+            use_linear_projection: false,
+            norm_num_groups: 32,
+            norm_eps: 1e-5,
+            act_fn: Activation::Silu,
+            flip_sin_to_cos: true,
+            freq_shift: 0.0,
+            addition_embed_type: None,
+            addition_time_embed_dim: None,
+            projection_class_embeddings_input_dim: None,
+            time_cond_proj_dim: None,
+            others: serde_json::Map::new(),
+        }
+    }
 }
 
 const TEXT_TIME: &str = "text_time";
 
 /// Fields that change what is computed, and the only values that are known here.
-const KNOWN: [(&str, &[&str]); 25] = [
+const KNOWN: [(&str, &[&str]); 24] = [
     ("attention_type", &["\"default\""]),
     ("center_input_sample", &["false"]),
     ("class_embed_type", &["null"]),
@@ -97,7 +120,6 @@ const KNOWN: [(&str, &[&str]); 25] = [
     ("resnet_skip_time_act", &["false"]),
     ("resnet_time_scale_shift", &["\"default\""]),
     ("reverse_transformer_layers_per_block", &["null"]),
-    ("time_cond_proj_dim", &["null"]),
     ("time_embedding_act_fn", &["null"]),
     ("time_embedding_dim", &["null"]),
     ("time_embedding_type", &["\"positional\""]),
@@ -136,6 +158,15 @@ pub enum Kind {
     Plain,
 }
 
+/// What a picture is conditioned on.
+#[derive(Debug, Clone, Copy)]
+pub struct Text<'a> {
+    /// (batch, tokens, cross)
+    pub states: &'a Tensor,
+    /// (batch or 1, 1, 1, tokens), added to the logits of its tokens.
+    pub bias: Option<&'a Tensor>,
+}
+
 /// What SDXL adds to the time.
 #[derive(Debug, Clone)]
 pub struct Added {
@@ -151,6 +182,7 @@ pub struct Unet {
     config: Config,
     input: Conv3x3,
     time: [Linear; 2],
+    guidance: Option<Linear>,
     added: Option<[Linear; 2]>,
     down: Vec<Level>,
     middle: (Residual, Attention, Residual),
@@ -338,6 +370,8 @@ impl Unet {
             up.push(Level { blocks, sampler });
         }
         let weights = loader.weights;
+        let guidance =
+            config.time_cond_proj_dim.map(|inputs| Linear::new(weights, "time_embedding.cond_proj", inputs, first));
         let mut pair = |name: &str, inputs: usize| {
             let mut linear = |part: &str, inputs| Linear::with_bias(weights, &format!("{name}.{part}"), inputs, time);
             [linear("linear_1", inputs), linear("linear_2", time)]
@@ -345,6 +379,7 @@ impl Unet {
         let added = config.projection_class_embeddings_input_dim.filter(|_| config.addition_embed_type.is_some());
         Ok(Self {
             time: pair("time_embedding", first),
+            guidance,
             added: added.map(|inputs| pair("add_embedding", inputs)),
             input: Conv3x3::load(weights, "conv_in", config.in_channels, first)?,
             down,
@@ -361,21 +396,21 @@ impl Unet {
         &self.config
     }
 
-    /// Latents (batch, height, width, in), each at its own time (batch; 0 to 999, fractions too), with a context (batch, tokens, cross) -> what the network
-    /// predicts (batch, height, width, out): noise or velocity, as it was trained. bias: (batch or 1, 1, 1, tokens), added to the logits of context
-    /// tokens; added: for networks that want it.
+    /// Latents (batch, height, width, in), each at its own time (batch; 0 to 999, fractions too), with a text -> what the network predicts (batch, height, width,
+    /// out): noise or velocity, as it was trained. added: for networks that want it; guidance: (batch), the strength, for networks that are told it.
     ///
     /// # Errors
-    /// If shapes do not fit, or `added` is given where it is not wanted, or not where it is.
+    /// If shapes do not fit, or `added` or `guidance` is given where it is not wanted, or not where it is.
     pub fn forward(
         &self,
         x: &Tensor,
         time: &Tensor,
-        context: &Tensor,
-        bias: Option<&Tensor>,
+        given: Text<'_>,
         added: Option<&Added>,
+        guidance: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let pass = Pass { time: ops::activate(self.config.act_fn, &self.embed(time, added)?)?, context, bias };
+        let time = ops::activate(self.config.act_fn, &self.embed(time, added, guidance)?)?;
+        let pass = Pass { time, context: given.states, bias: given.bias };
         let mut x = self.input.forward(x)?;
         let mut skipped = vec![x.clone()];
         for Level { blocks, sampler } in &self.down {
@@ -411,12 +446,24 @@ impl Unet {
         self.output.forward(&ops::activate(self.config.act_fn, &self.norm.forward(&x)?)?)
     }
 
-    fn embed(&self, time: &Tensor, added: Option<&Added>) -> Result<Tensor> {
+    fn embed(&self, time: &Tensor, added: Option<&Added>, guidance: Option<&Tensor>) -> Result<Tensor> {
         let config = &self.config;
         let act = |x: Tensor| ops::activate(config.act_fn, &x);
         let through = |[first, second]: &[Linear; 2], x: &Tensor| second.forward(&act(first.forward(x)?)?);
         let waves = |values: &Tensor, width: usize| sinusoid(values, width, config.flip_sin_to_cos, config.freq_shift);
-        let embedded = through(&self.time, &waves(time, config.block_out_channels[0])?)?;
+        let mut time = waves(time, config.block_out_channels[0])?;
+        match (&self.guidance, guidance) {
+            (None, None) => {}
+            (Some(layer), Some(guidance)) => {
+                // What is above none, in thousandths, sines first: `get_guidance_scale_embedding` of diffusers' pipelines.
+                let above = ((guidance - 1.0)? * 1000.0)?;
+                time =
+                    (time + layer.forward(&sinusoid(&above, config.time_cond_proj_dim.unwrap_or(0), false, 1.0)?)?)?;
+            }
+            (Some(_), None) => candle_core::bail!("this UNet wants the strength of guidance"),
+            (None, Some(_)) => candle_core::bail!("this UNet takes no guidance"),
+        }
+        let embedded = through(&self.time, &time)?;
         match (&self.added, added) {
             (None, None) => Ok(embedded),
             (Some(layers), Some(added)) => {
@@ -439,6 +486,9 @@ fn check(config: &Config) -> Result<()> {
     }
     if config.block_out_channels.contains(&0) || !config.block_out_channels[0].is_multiple_of(2) {
         candle_core::bail!("channels of a UNet cannot be {:?}", config.block_out_channels);
+    }
+    if config.time_cond_proj_dim.is_some_and(|width| width < 4 || !width.is_multiple_of(2)) {
+        candle_core::bail!("a UNet's time_cond_proj_dim cannot be {:?}", config.time_cond_proj_dim);
     }
     let added = (config.addition_time_embed_dim, config.projection_class_embeddings_input_dim);
     match (config.addition_embed_type.as_deref(), added) {

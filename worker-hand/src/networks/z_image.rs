@@ -23,6 +23,7 @@ pub const MULTIPLE: usize = 32;
 
 /// What `config.json` says. Other fields are refused by [`ZImage::new`].
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Cells of a patch along each side; only one size is known here.
     pub all_patch_size: Vec<usize>,
@@ -58,6 +59,30 @@ pub struct Config {
     others: BTreeMap<String, serde_json::Value>,
 }
 
+/// What diffusers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            all_patch_size: vec![2],
+            all_f_patch_size: vec![1],
+            in_channels: 16,
+            dim: 3840,
+            n_layers: 30,
+            n_refiner_layers: 2,
+            n_heads: 30,
+            n_kv_heads: 30,
+            norm_eps: 1e-5,
+            qk_norm: true,
+            cap_feat_dim: 2560,
+            rope_theta: 256.0,
+            t_scale: 1000.0,
+            axes_dims: vec![32, 48, 48],
+            axes_lens: vec![1024, 512, 512],
+            others: BTreeMap::new(),
+        }
+    }
+}
+
 /// Epsilon of the norms of queries and keys.
 const HEAD_EPS: f64 = 1e-5;
 /// Epsilon of the last norm.
@@ -83,6 +108,26 @@ pub struct ZImage {
     layers: Vec<Block>,
     output_scale: Linear,
     output: Linear,
+}
+
+/// What a picture is conditioned on.
+#[derive(Debug, Clone, Copy)]
+pub struct Text<'a> {
+    /// (batch, tokens, caption); tokens must be a multiple of [`MULTIPLE`].
+    pub states: &'a Tensor,
+    /// (batch, tokens): 1 for states that count, a beginning of each row.
+    pub present: &'a Tensor,
+    /// (batch or 1, 1, 1, patches + tokens), added to the logits of the picture's patches and the text's tokens.
+    pub bias: Option<&'a Tensor>,
+}
+
+/// What every block of a stack reads.
+struct Pass<'a> {
+    turns: &'a Turns,
+    /// (batch, width)
+    time: &'a Tensor,
+    /// Of the tokens that attend to each other.
+    bias: Option<&'a Tensor>,
 }
 
 #[derive(Debug)]
@@ -120,7 +165,7 @@ impl Block {
         Self { modulation, q, k, v, head_norms, output, norms, gate, up, down }
     }
 
-    fn attention(&self, x: &Tensor, turns: &Turns, heads: usize) -> Result<Tensor> {
+    fn attention(&self, x: &Tensor, pass: &Pass<'_>, heads: usize) -> Result<Tensor> {
         let (batch, tokens, width) = x.dims3()?;
         let split = |y: Tensor| y.reshape((batch, tokens, heads, width / heads));
         let (q, k) = (split(self.q.forward(x)?)?, split(self.k.forward(x)?)?);
@@ -129,24 +174,25 @@ impl Block {
             Some([of_q, of_k]) => (ops::rms_norm(&q, of_q, HEAD_EPS)?, ops::rms_norm(&k, of_k, HEAD_EPS)?),
         };
         let v = split(self.v.forward(x)?)?;
-        let attended = attend(&turns.apply(&q)?, &turns.apply(&k)?, &v, None, Logits::of_width(width / heads))?;
+        let (q, k) = (pass.turns.apply(&q)?, pass.turns.apply(&k)?);
+        let attended = attend(&q, &k, &v, pass.bias, Logits::of_width(width / heads))?;
         self.output.forward(&attended.flatten_from(2)?)
     }
 
-    /// x (batch, tokens, dim); time (batch, width).
-    fn forward(&self, x: &Tensor, turns: &Turns, time: &Tensor, config: &Config) -> Result<Tensor> {
+    /// (batch, tokens, dim) -> the same
+    fn forward(&self, x: &Tensor, pass: &Pass<'_>, config: &Config) -> Result<Tensor> {
         let norm = |x: &Tensor, which: usize| ops::rms_norm(x, &self.norms[which], config.norm_eps);
         let mlp = |x: &Tensor| {
             let gated = (ops::silu(&self.gate.forward(x)?)? * self.up.forward(x)?)?;
             self.down.forward(&gated)
         };
         let Some(modulation) = &self.modulation else {
-            let x = (x + norm(&self.attention(&norm(x, 0)?, turns, config.n_heads)?, 1)?)?;
+            let x = (x + norm(&self.attention(&norm(x, 0)?, pass, config.n_heads)?, 1)?)?;
             return &x + norm(&mlp(&norm(&x, 2)?)?, 3)?;
         };
-        let parts = modulation.forward(time)?.unsqueeze(1)?.chunk(4, 2)?;
+        let parts = modulation.forward(pass.time)?.unsqueeze(1)?.chunk(4, 2)?;
         let (scales, gates) = ([(&parts[0] + 1.0)?, (&parts[2] + 1.0)?], [parts[1].tanh()?, parts[3].tanh()?]);
-        let h = self.attention(&norm(x, 0)?.broadcast_mul(&scales[0])?, turns, config.n_heads)?;
+        let h = self.attention(&norm(x, 0)?.broadcast_mul(&scales[0])?, pass, config.n_heads)?;
         let x = (x + norm(&h, 1)?.broadcast_mul(&gates[0])?)?;
         let h = mlp(&norm(&x, 2)?.broadcast_mul(&scales[1])?)?;
         &x + norm(&h, 3)?.broadcast_mul(&gates[1])?
@@ -217,13 +263,13 @@ impl ZImage {
         self.config.all_patch_size.first().copied().unwrap_or(1)
     }
 
-    /// Latents x (batch, channels, height, width), each batch row at its own time (batch; 0 noise to 1 picture), with a text's states (batch, tokens, caption), of
-    /// which those count whose place in `present` (batch, tokens) is 1, a beginning of each row; tokens must be a multiple of [`MULTIPLE`].
-    /// -> what leads from the noise to the picture (batch, channels, height, width).
+    /// Latents x (batch, channels, height, width), each batch row at its own time (batch; 0 noise to 1 picture), with a text -> what leads from the noise to the
+    /// picture (batch, channels, height, width).
     ///
     /// # Errors
     /// If shapes do not fit, or there are more tokens or patches along an axis than places.
-    pub fn forward(&self, x: &Tensor, time: &Tensor, states: &Tensor, present: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, time: &Tensor, given: Text<'_>) -> Result<Tensor> {
+        let Text { states, present, bias } = given;
         let (side, dim) = (self.patch(), self.config.dim);
         let (batch, channels, height, width) = x.dims4()?;
         let (rows, columns) = (height / side, width / side);
@@ -251,20 +297,27 @@ impl ZImage {
         let turns = |places: &mut dyn Iterator<Item = [usize; 3]>| {
             Turns::new(places, &self.config.axes_dims, self.config.rope_theta, x)
         };
-        let through = |blocks: &[Block], x: Tensor, turns: &Turns| {
-            blocks.iter().try_fold(x, |x, block| block.forward(&x, turns, &time, &self.config))
+        let through = |blocks: &[Block], x: Tensor, turns: &Turns, bias: Option<&Tensor>| {
+            let pass = Pass { turns, time: &time, bias };
+            blocks.iter().try_fold(x, |x, block| block.forward(&x, &pass, &self.config))
         };
-        let picture = through(&self.picture_refiner, picture, &turns(&mut of_picture.clone())?)?;
+        // What fills the picture up has a bias of none.
+        let part = |from: usize, count: usize| bias.map(|bias| bias.narrow(3, from, count)).transpose();
+        let (to_picture, to_caption) = (part(0, rows * columns)?, part(rows * columns, tokens)?);
+        let to_picture = to_picture.map(|bias| bias.pad_with_zeros(3, 0, filling)).transpose()?;
+        let picture = through(&self.picture_refiner, picture, &turns(&mut of_picture.clone())?, to_picture.as_ref())?;
 
         let caption = ops::rms_norm(states, &self.caption_norm, self.config.norm_eps)?;
         let caption = self.caption.forward(&caption)?;
         let present = present.unsqueeze(2)?;
         let filler = self.caption_filler.broadcast_mul(&present.affine(-1.0, 1.0)?)?;
         let caption = (caption.broadcast_mul(&present)? + filler)?;
-        let caption = through(&self.caption_refiner, caption, &turns(&mut of_caption.clone())?)?;
+        let caption = through(&self.caption_refiner, caption, &turns(&mut of_caption.clone())?, to_caption.as_ref())?;
 
         let both = Tensor::cat(&[&picture, &caption], 1)?;
-        let both = through(&self.layers, both, &turns(&mut of_picture.chain(of_caption))?)?;
+        let to_both = to_picture.zip(to_caption).map(|(picture, caption)| Tensor::cat(&[&picture, &caption], 3));
+        let to_both = to_both.transpose()?;
+        let both = through(&self.layers, both, &turns(&mut of_picture.chain(of_caption))?, to_both.as_ref())?;
         let picture = both.narrow(1, 0, rows * columns)?.contiguous()?;
         let scale = self.output_scale.forward(&ops::silu(&time)?)?;
         let centred = picture.broadcast_sub(&picture.mean_keepdim(D::Minus1)?)?;

@@ -319,9 +319,11 @@ impl Planner<'_> {
             if karras {
                 return Err(Error("use_karras_sigmas with use_flow_sigmas is not known".to_owned()));
             }
-            let shift = match flow.mu {
-                Some(mu) => mu.exp(),
-                None => config.number("flow_shift", 1.0)?,
+            let shift = match (config.flag("use_dynamic_shifting", false)?, flow.mu) {
+                (true, Some(mu)) => mu.exp(),
+                (true, None) if unipc => return Err(without_size()),
+                // As in diffusers, where DPM-Solver shifts by a size only if its pipeline tells it one; Sana's does not.
+                _ => config.number("flow_shift", 1.0)?,
             };
             let even = linspace64(1.0, 1.0 / self.train as f64, self.steps + 1);
             let shifted = |s: f64| shift * s / (1.0 + (shift - 1.0) * s);
@@ -471,15 +473,22 @@ impl Planner<'_> {
         };
         let sigmas: Vec<f64> = match (dynamic, flow.mu) {
             (true, Some(mu)) => even.iter().map(|s| mu.exp() / (mu.exp() + (1.0 / s - 1.0))).collect(),
-            (true, None) => return Err(Error("use_dynamic_shifting without a size to shift by".to_owned())),
+            (true, None) => return Err(without_size()),
             (false, _) => even.iter().map(|s| shifted(*s)).collect(),
         };
-        let sigmas: Vec<f64> = sigmas.into_iter().map(|s| f64::from(s as f32)).collect();
+        let mut sigmas: Vec<f64> = sigmas.into_iter().map(|s| f64::from(s as f32)).collect();
+        if config.flag("use_karras_sigmas", false)? {
+            sigmas = self.karras(&sigmas)?.into_iter().map(|s| f64::from(s as f32)).collect();
+        }
         let times = sigmas.iter().map(|s| *s as f32 * train as f32).collect();
         let noisy = own && config.flag("stochastic_sampling", false)?;
         let spans = spans(&sigmas, 0.0);
         Ok(Plan { rule: Rule::Flow { noisy }, prediction: Prediction::Flow, times, spans, flow: true, initial: 1.0 })
     }
+}
+
+fn without_size() -> Error {
+    Error("use_dynamic_shifting without a size to shift by".to_owned())
 }
 
 /// Each level with the next, as f32 has them.

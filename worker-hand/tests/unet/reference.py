@@ -1,11 +1,12 @@
 """Makes the folders beside it: tiny random denoisers of diffusers 0.42.1 as it saves them, and what they give.
 
-python worker-hand/tests/unet/reference.py
+python worker-hand/tests/unet/reference.py [NAME ...]
 """
+import sys
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 
 COMMON = {"in_channels": 4, "out_channels": 4, "norm_num_groups": 4, "cross_attention_dim": 12, "layers_per_block": 1}
@@ -26,12 +27,17 @@ MODELS = {
     "odd": ({**COMMON, "in_channels": 9, "out_channels": 3, "block_out_channels": (12, 6), "norm_num_groups": 3, "norm_eps": 1e-6, "attention_head_dim": 3,
              "flip_sin_to_cos": False, "freq_shift": 1, "act_fn": "gelu",
              "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}, 5, 3, 4),
+    # LCM: told the strength of guidance.
+    "lcm": ({**COMMON, "block_out_channels": (8, 16), "attention_head_dim": 2, "time_cond_proj_dim": 12,
+             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}, 8, 6, 5),
 }
 
 
 @torch.no_grad()
 def main():
     for number, (name, (config, height, width, tokens)) in enumerate(MODELS.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         torch.manual_seed(20 + number)
         model = UNet2DConditionModel(sample_size=8, **config).eval()
         for p in model.parameters():
@@ -44,6 +50,10 @@ def main():
         if "addition_embed_type" in config:
             golden["pooled"], golden["sizes"] = torch.randn(3, 10), torch.tensor([[64., 48, 0, 8, 64, 64]] * 3) * torch.tensor([[1.], [2], [.5]])
             added = {"added_cond_kwargs": {"text_embeds": golden["pooled"], "time_ids": golden["sizes"]}}
+        if "time_cond_proj_dim" in config:
+            golden["guidance"] = torch.tensor([8.5, 1., 4.25])
+            embed = LatentConsistencyModelPipeline.get_guidance_scale_embedding
+            added = {"timestep_cond": embed(None, golden["guidance"] - 1, embedding_dim=config["time_cond_proj_dim"])}
         for label, times in (("start", [999.] * 3), ("middle", [500.5] * 3), ("end", [1.] * 3), ("mixed", [981., 333., 20.])):
             golden[f"{label}.time"] = torch.tensor(times)
             golden[f"{label}.out"] = model(x, torch.tensor(times), context, **added).sample

@@ -18,6 +18,7 @@ use crate::weights::Weights;
 
 /// What `config.json` says of an encoder. Fields that are not here do not change what it computes.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Rows of the embedding table.
     #[serde(rename = "vocab_size")]
@@ -47,8 +48,26 @@ pub struct Config {
     #[serde(rename = "eos_token_id")]
     pub end: u32,
     /// Channels of the pooled vector, where it is projected.
-    #[serde(rename = "projection_dim", default)]
+    #[serde(rename = "projection_dim")]
     pub projection: Option<usize>,
+}
+
+/// What transformers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vocabulary: 49_408,
+            width: 512,
+            mlp_width: 2048,
+            layers: 12,
+            heads: 8,
+            positions: 77,
+            activation: Activation::QuickGelu,
+            norm_eps: 1e-5,
+            end: 49_407,
+            projection: Some(512),
+        }
+    }
 }
 
 /// The end token of configurations whose tokenizer has another.

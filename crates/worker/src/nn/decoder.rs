@@ -1,9 +1,9 @@
-//! A decoder language model: Llama, Qwen2, Qwen3, Gemma and Gemma 2 by configuration.
+//! A decoder language model: Llama, Mistral, Qwen2, Qwen3, Gemma and Gemma 2 by configuration.
 //!
 //! It answers hidden states of any layers at all positions, takes embeddings instead of ids (so that learnable queries can stand in
 //! the sequence), and honours a padding mask, so that prompts of different length share a batch. It writes text too ([`writing`]).
 //!
-//! Source: transformers 5.23, `models/{llama,qwen2,qwen3,gemma,gemma2}/modeling_*.py`; names of GGUF tensors: gguf 0.19,
+//! Source: transformers 5.23, `models/{llama,mistral,qwen2,qwen3,gemma,gemma2}/modeling_*.py`; names of GGUF tensors: gguf 0.19,
 //! `constants.py`. Checked against them by `tests/decoder.rs`.
 
 pub mod published;
@@ -16,7 +16,7 @@ use super::{
     attention::{Logits, attend, causal, hide_absent},
     linear::Linear,
     ops::{self, Activation},
-    rotary,
+    rotary::{self, Stretch},
 };
 use crate::weights::Weights;
 
@@ -39,6 +39,10 @@ pub struct Config {
     pub mlp_width: usize,
     /// Base of the rotary angles.
     pub rotary_base: f64,
+    /// How slow turns are made slower (Llama 3.1).
+    pub rotary_stretch: Option<Stretch>,
+    /// Tokens of the longest sequence, where a longer one would turn otherwise than computed here (InternVL3).
+    pub longest: Option<usize>,
     /// Which channels a rotation pairs.
     pub rotary_pairs: RotaryPairs,
     /// Which pairs turn by time, row and column, where positions have all three (Qwen2.5-VL, Qwen3-VL).
@@ -61,8 +65,17 @@ pub struct Config {
     pub logit_width: Option<usize>,
     /// Cap of attention logits (Gemma 2).
     pub soft_cap: Option<f64>,
-    /// Positions that every second layer, the first one included, looks back at most (Gemma 2).
-    pub sliding_window: Option<usize>,
+    /// Which layers look back so many positions at most, their own counted; none if all see the whole.
+    pub sliding_window: Option<Window>,
+}
+
+/// Layers that look back a number of positions at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Window {
+    /// Every second one, the first one included (Gemma 2).
+    EverySecond(usize),
+    /// Every one (Mistral 7B 0.1).
+    Every(usize),
 }
 
 /// Which channels a rotation pairs.
@@ -182,6 +195,7 @@ struct Pass {
     cos: Tensor,
     sin: Tensor,
     bias: Tensor,
+    /// Of every second layer, where those see less.
     windowed_bias: Option<Tensor>,
 }
 
@@ -330,6 +344,9 @@ impl Decoder {
         if mask.dims() != [batch, past + tokens] {
             candle_core::bail!("a mask of {:?} for embeddings of {:?}", mask.dims(), embeddings.dims());
         }
+        if let Some(longest) = self.config.longest.filter(|longest| past + tokens > *longest) {
+            candle_core::bail!("a sequence of {} tokens; this model reads up to {longest}", past + tokens);
+        }
         let last = layers.iter().copied().max().unwrap_or(0);
         if last > self.layers.len() {
             candle_core::bail!("states after layer {last} of a model with {} layers", self.layers.len());
@@ -369,7 +386,10 @@ impl Decoder {
         let (config, device) = (&self.config, self.device());
         let all = mask.dim(1)?;
         let half = config.head_width / 2;
-        let frequencies = rotary::frequencies(config.rotary_base, config.head_width);
+        let mut frequencies = rotary::frequencies(config.rotary_base, config.head_width);
+        if let Some(stretch) = config.rotary_stretch {
+            frequencies.iter_mut().for_each(|frequency| *frequency = stretch.of(*frequency));
+        }
         let place = |token: usize, pair: usize| match (places.get(token), config.rotary_axes) {
             (Some(place), Some(axes)) => place[axes.of(pair)] as f32,
             (Some([time, _, _]), None) => *time as f32,
@@ -380,11 +400,16 @@ impl Decoder {
         let angles = Tensor::from_vec(angles, (tokens, half), device)?;
         let absent = hide_absent(mask)?;
         let bias = |window| causal(tokens, all, window, device)?.broadcast_add(&absent);
+        let (everywhere, every_second) = match config.sliding_window {
+            None => (None, None),
+            Some(Window::Every(window)) => (Some(window), None),
+            Some(Window::EverySecond(window)) => (None, Some(window)),
+        };
         Ok(Pass {
             cos: angles.cos()?,
             sin: angles.sin()?,
-            bias: bias(None)?,
-            windowed_bias: when(config.sliding_window.is_some(), || bias(config.sliding_window))?,
+            bias: bias(everywhere)?,
+            windowed_bias: when(every_second.is_some(), || bias(every_second))?,
         })
     }
 }

@@ -14,6 +14,7 @@ use crate::weights::Weights;
 
 /// What `config.json` says of an encoder. Fields that are not here do not change what it computes.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(default)]
 pub struct Config {
     /// Rows of the embedding table.
     #[serde(rename = "vocab_size")]
@@ -34,10 +35,10 @@ pub struct Config {
     #[serde(rename = "num_heads")]
     pub heads: usize,
     /// Distances that have a bias of their own, half of them for each direction.
-    #[serde(rename = "relative_attention_num_buckets", default = "buckets")]
+    #[serde(rename = "relative_attention_num_buckets")]
     pub buckets: usize,
     /// From this distance on there is one bias.
-    #[serde(rename = "relative_attention_max_distance", default = "max_distance")]
+    #[serde(rename = "relative_attention_max_distance")]
     pub max_distance: usize,
     /// Epsilon of the norms.
     #[serde(rename = "layer_norm_epsilon")]
@@ -47,12 +48,22 @@ pub struct Config {
     pub mlp: Mlp,
 }
 
-fn buckets() -> usize {
-    32
-}
-
-fn max_distance() -> usize {
-    128
+/// What transformers takes for fields that are left out.
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            vocabulary: 32_128,
+            width: 512,
+            head_width: 64,
+            mlp_width: 2048,
+            layers: 6,
+            heads: 8,
+            buckets: 32,
+            max_distance: 128,
+            norm_eps: 1e-6,
+            mlp: Mlp::Relu,
+        }
+    }
 }
 
 /// How the MLP computes.

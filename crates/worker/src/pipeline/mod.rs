@@ -24,6 +24,8 @@ pub const MANIFEST: &str = "pipeline.json";
 pub const FORMAT: u32 = 2;
 /// Most bytes of a manifest or configuration.
 const MAX_JSON: u64 = 1024 * 1024;
+/// Most bytes of an index of shards, which names every tensor: about a hundred for each.
+const MAX_INDEX: u64 = 16 * MAX_JSON;
 
 /// Whether a folder is a model folder, by the files in it.
 pub fn is_model(folder: &Path) -> bool {
@@ -456,16 +458,24 @@ impl Pipeline {
     }
 }
 
-/// Reads a file of JSON that may come from anywhere.
+/// Reads a manifest or configuration that may come from anywhere.
 ///
 /// # Errors
 /// If it cannot be read, is too large, or is not of the type.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, Error> {
+    read_json_of(path, MAX_JSON)
+}
+
+/// Reads a file of JSON, of at most so many bytes, that may come from anywhere.
+///
+/// # Errors
+/// Those of [`read_json`].
+pub fn read_json_of<T: DeserializeOwned>(path: &Path, most: u64) -> Result<T, Error> {
     let read = |source| Error::Read { path: path.to_owned(), source };
     let malformed = |what: String| Error::Malformed { path: path.to_owned(), what };
     let length = std::fs::metadata(path).map_err(read)?.len();
-    if length > MAX_JSON {
-        return Err(malformed(format!("{length} bytes are over the limit of {MAX_JSON}")));
+    if length > most {
+        return Err(malformed(format!("{length} bytes are over the limit of {most}")));
     }
     let text = std::fs::read_to_string(path).map_err(read)?;
     // Python writes what JSON has no number for; where it stands for "no limit", so does null.

@@ -1,18 +1,25 @@
 """Makes the golden files beside it: tiny random language models of transformers 5.23 and their hidden states.
 
-python crates/worker/tests/decoder/reference.py
+python crates/worker/tests/decoder/reference.py [NAME ...]
 """
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import (
-    Gemma2Config, Gemma2Model, GemmaConfig, GemmaModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model,
+    Gemma2Config, Gemma2Model, GemmaConfig, GemmaModel, LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2Config, Qwen2Model, Qwen3Config, Qwen3Model,
 )
 
 COMMON = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "rms_norm_eps": 1e-5, "attn_implementation": "eager"}
 MODELS = {
     "llama": (LlamaModel, LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, rope_theta=1e5)),
+    # Of four pairs one turns as it did, one slower by a part of the factor, two by all of it.
+    "llama3": (LlamaModel, LlamaConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 1e2, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32})),
+    "mistral": (MistralModel, MistralConfig(**COMMON, num_attention_heads=4, num_key_value_heads=2, sliding_window=3)),
+    "dynamic": (Qwen2Model, Qwen2Config(**COMMON, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+                                        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0})),
     "qwen2": (Qwen2Model, Qwen2Config(**COMMON, num_attention_heads=2, num_key_value_heads=1, rope_theta=1e6)),
     "qwen3": (Qwen3Model, Qwen3Config(**COMMON, num_attention_heads=4, num_key_value_heads=2, head_dim=6, rope_theta=1e6)),
     "gemma": (GemmaModel, GemmaConfig(**COMMON, num_attention_heads=2, num_key_value_heads=1, head_dim=8)),
@@ -26,7 +33,8 @@ def main():
     ids = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(5))
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[1, 4:] = 0
-    for name, (model, config) in MODELS.items():
+    for name in sys.argv[1:] or MODELS:
+        model, config = MODELS[name]
         torch.manual_seed(7)
         model = model(config).eval()
         for p in model.parameters():

@@ -182,6 +182,7 @@ pub fn load(source: &Source) -> Result<Box<dyn Brain>, EngineError> {
     let around = encode(&format!("{}{}", config.template.0, config.template.1))?.len();
     let written = config.thinking.as_ref().map_or(0, |thinking| thinking.max_tokens);
     let longest = around + config.max_tokens + written + queries + eyes.as_ref().map_or(0, Eyes::most_tokens);
+    language::check_length(&config.language_model, language.config(), longest)?;
     let model = pipeline.model(&space);
     if (model.max_reference_images > 0) != eyes.is_some() {
         let message = "offers.max_reference_images and brain.config.pictures go together".to_owned();

@@ -81,6 +81,8 @@ impl Language {
             head_width: width / heads,
             mlp_width: number("feed_forward_length")?,
             rotary_base: real("llama.rope.freq_base")?,
+            rotary_stretch: None,
+            longest: None,
             rotary_pairs: RotaryPairs::Neighbours,
             rotary_axes: None,
             norm_eps: real("llama.attention.layer_norm_rms_epsilon")?,

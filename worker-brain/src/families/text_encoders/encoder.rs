@@ -206,10 +206,18 @@ impl Encoder {
             return Err(refused("brain.config.max_tokens", format!("a text of {max_tokens} tokens has no room")));
         }
         let tokenizer = Tokenizer::open(&folder.join(tokenizer)).map_err(|e| unloadable(part)(e.into()))?;
+        if tokenizer.padding().is_none() && config.kind != Kind::Decoder {
+            let message = format!("the tokenizer of {part} names no pad_token, and has none of the usual ones");
+            return Err(refused("brain.config.encoders", message));
+        }
         let network = Network::load(&folder.join(part), config, tokenizer.largest(), devices, dtypes)?;
         let instruction = Instruction::new(&config.instruction, &tokenizer)?;
         let (template, lower_case) = (template.clone(), *lower_case);
-        Ok(Self { tokenizer, max_tokens: *max_tokens, cut: *cut, template, lower_case, instruction, network })
+        let made = Self { tokenizer, max_tokens: *max_tokens, cut: *cut, template, lower_case, instruction, network };
+        if let Network::Decoder(decoder) = &made.network {
+            language::check_length(part, decoder.config(), made.longest())?;
+        }
+        Ok(made)
     }
 
     /// Channels of a state.
@@ -259,8 +267,8 @@ impl Encoder {
             );
             return Err(ApiError::new(ErrorCode::LimitExceeded, message).field(field).limit(limit.to_string()).into());
         }
-        if !matches!(self.network, Network::Decoder(_)) {
-            ids.resize(limit, self.tokenizer.padding());
+        if let (Network::Clip(_) | Network::T5(_), Some(padding)) = (&self.network, self.tokenizer.padding()) {
+            ids.resize(limit, padding);
         }
         Ok(ids)
     }

@@ -1,9 +1,11 @@
 //! Text encoders as they are, without a connector: what the pipelines of diffusers condition their denoisers on.
 //!
 //! Which encoders there are, at which layer each is read and how their states are joined is data (`brain.config`), written for a folder of diffusers by
-//! `crates/worker/src/pipeline/diffusers/classes.rs`. Read in this order: this file (prompts to control signals), [`tokenizer`], [`encoder`].
+//! `crates/worker/src/pipeline/diffusers/classes.rs`. Read in this order: this file (prompts to control signals), [`tokenizer`], `pairs` (tokenizers
+//! without `tokenizer.json`), [`encoder`].
 
 pub mod encoder;
+mod pairs;
 pub mod tokenizer;
 
 use candle_core::{Device, Tensor};

@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
+use efferent_proto::internal::Branch;
 use efferent_worker::{
     engine::{EngineError, Hand, RenderRequest},
     nn::rows::by_large_row,
@@ -17,7 +18,7 @@ use crate::{
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
-        unet::{Added, Unet},
+        unet::{Added, Text, Unet},
     },
 };
 
@@ -60,6 +61,11 @@ pub fn load(pipeline: &Pipeline, setup: &Setup) -> Result<Box<dyn Hand>, EngineE
 }
 
 impl StableDiffusion {
+    /// Whether the strength of guidance is a number that the network is told (LCM).
+    fn is_told(&self) -> bool {
+        self.unet.config().time_cond_proj_dim.is_some()
+    }
+
     /// Channels of the pooled vector: what the sizes leave of the added embedding.
     fn pooled_width(&self) -> usize {
         let config = self.unet.config();
@@ -90,7 +96,9 @@ impl Network for StableDiffusion {
     fn condition(&self, request: &RenderRequest, device: &Device) -> Result<Condition, EngineError> {
         let signal = &request.signal;
         let config = self.unet.config();
-        let (rescale, size, branches) = (request.guidance_rescale, request.size, latent::guiding(request));
+        let (rescale, size) = (request.guidance_rescale, request.size);
+        // A network that is told the strength is not asked a second time, without the prompt.
+        let branches = if self.is_told() { vec![Branch::Conditional] } else { latent::guiding(request) };
         let context = latent::text(signal, &branches, config.cross_attention_dim, device)?;
         let added = match config.addition_embed_type {
             None => None,
@@ -148,17 +156,22 @@ impl Network for StableDiffusion {
         let times: Vec<f32> = questions.iter().flat_map(|q| std::iter::repeat_n(q.time, per)).collect();
         let times = Tensor::from_vec(times, per * questions.len(), device)?;
         let context = parts(questions.iter().map(|q| &q.condition.context).collect())?;
+        let strengths = questions.iter().flat_map(|q| std::iter::repeat_n(q.condition.strength.prompt, per));
+        let guidance = Tensor::from_vec(strengths.collect::<Vec<f32>>(), per * questions.len(), device)?;
+        let told = self.is_told();
         let added: Option<Vec<_>> = questions.iter().map(|q| q.condition.added.as_ref()).collect();
         let answer = match added.filter(|added| !added.is_empty()) {
-            None => {
-                by_large_row(&[&x, &times, &context], |row| self.unet.forward(&row[0], &row[1], &row[2], None, None))?
-            }
+            None => by_large_row(&[&x, &times, &guidance, &context], |row| {
+                let text = Text { states: &row[3], bias: None };
+                self.unet.forward(&row[0], &row[1], text, None, told.then_some(&row[2]))
+            })?,
             Some(added) => {
                 let pooled = parts(added.iter().map(|(pooled, _)| pooled).collect())?;
                 let sizes = parts(added.iter().map(|(_, sizes)| sizes).collect())?;
-                by_large_row(&[&x, &times, &context, &pooled, &sizes], |row| {
-                    let added = Added { pooled: row[3].clone(), sizes: row[4].clone() };
-                    self.unet.forward(&row[0], &row[1], &row[2], None, Some(&added))
+                by_large_row(&[&x, &times, &guidance, &context, &pooled, &sizes], |row| {
+                    let text = Text { states: &row[3], bias: None };
+                    let added = Added { pooled: row[4].clone(), sizes: row[5].clone() };
+                    self.unet.forward(&row[0], &row[1], text, Some(&added), told.then_some(&row[2]))
                 })?
             }
         };

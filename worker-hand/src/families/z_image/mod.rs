@@ -18,7 +18,7 @@ use crate::{
     networks::{
         LatentSpace,
         autoencoder::Autoencoder,
-        z_image::{MULTIPLE, ZImage as Transformer},
+        z_image::{MULTIPLE, Text, ZImage as Transformer},
     },
     samplers::{self, Flow},
 };
@@ -123,7 +123,7 @@ impl Network for ZImage {
             let states = Tensor::cat(&texts.iter().map(|text| &text.states).collect::<Vec<_>>(), 0)?;
             let present = Tensor::cat(&texts.iter().map(|text| &text.present).collect::<Vec<_>>(), 0)?;
             let answer = by_large_row(&[&x, &times, &states, &present], |row| {
-                self.transformer.forward(&row[0], &row[1], &row[2], &row[3])
+                self.transformer.forward(&row[0], &row[1], Text { states: &row[2], present: &row[3], bias: None })
             })?;
             answers
                 .iter_mut()

@@ -11,8 +11,9 @@ pub(super) struct Class {
 }
 
 /// Every class that is known.
-pub(super) const CLASSES: [Class; 9] = [
+pub(super) const CLASSES: [Class; 10] = [
     Class { name: "FluxPipeline", describe: flux },
+    Class { name: "LatentConsistencyModelPipeline", describe: latent_consistency },
     Class { name: "SanaPipeline", describe: sana },
     Class { name: "SanaSprintPipeline", describe: sana_sprint },
     Class { name: "StableDiffusion3Pipeline", describe: stable_diffusion_3 },
@@ -67,7 +68,7 @@ fn size_of(config: &Map<String, Value>, field: &str, usual: u32) -> u32 {
 
 /// Pixels that a cell of a latent stands for, along each side.
 fn latent_cell(vae: &Map<String, Value>) -> u32 {
-    let levels = vae.get("block_out_channels").and_then(Value::as_array).map_or(4, Vec::len);
+    let levels = vae.get("block_out_channels").and_then(Value::as_array).map_or(1, Vec::len);
     1 << levels.clamp(1, 8).saturating_sub(1)
 }
 
@@ -87,10 +88,15 @@ fn unet_pipeline(
     description: &'static str,
     steps: u32,
     guidance: f32,
-    brain: Value,
+    mut brain: Value,
     tokens: u64,
 ) -> Result<Described, Error> {
     let (unet, vae, scheduler) = (folder.config("unet")?, folder.config("vae")?, folder.scheduler()?);
+    // Distilled to be told the strength of guidance instead of being asked a second time, without the prompt.
+    let told = unet.get("time_cond_proj_dim").is_some_and(|width| !width.is_null());
+    if told {
+        brain["empty_negative"] = json!("nothing");
+    }
     let cell = latent_cell(&vae);
     let (width, height) = sides(&unet, "sample_size").unwrap_or((64, 64));
     let layers = brain.get("layers").cloned();
@@ -107,15 +113,31 @@ fn unet_pipeline(
         longest: None,
         samplers: scheduler.samplers(),
         max_prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
-        negative_prompt: true,
+        negative_prompt: !told,
         image_to_image: true,
         inpainting: true,
         inpainting_only: size_of(&unet, "in_channels", 4) > size_of(&unet, "out_channels", 4),
-        guidance_rescale: true,
+        guidance_rescale: !told,
     })
 }
 
 fn stable_diffusion(folder: &Folder<'_>) -> Result<Described, Error> {
+    clip_and_unet(folder, "Stable Diffusion", 50, 7.5)
+}
+
+/// Stable Diffusion distilled into few steps. (Its pipeline that begins with a picture counts steps in another way.)
+fn latent_consistency(folder: &Folder<'_>) -> Result<Described, Error> {
+    let mut described = clip_and_unet(folder, "Latent consistency model, in few steps", 4, 8.5)?;
+    described.samplers.truncate(1);
+    Ok(Described { image_to_image: false, inpainting: false, ..described })
+}
+
+fn clip_and_unet(
+    folder: &Folder<'_>,
+    description: &'static str,
+    steps: u32,
+    guidance: f32,
+) -> Result<Described, Error> {
     folder.wants(&[
         ("text_encoder", &["CLIPTextModel"]),
         ("tokenizer", &["CLIPTokenizer", "CLIPTokenizerFast"]),
@@ -131,7 +153,7 @@ fn stable_diffusion(folder: &Folder<'_>) -> Result<Described, Error> {
         "layers": "clip@last",
         "empty_negative": "text",
     });
-    unet_pipeline(folder, "Stable Diffusion", 50, 7.5, brain, tokens)
+    unet_pipeline(folder, description, steps, guidance, brain, tokens)
 }
 
 fn stable_diffusion_xl(folder: &Folder<'_>) -> Result<Described, Error> {

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use self::classes::{CLASSES, Described};
-use super::{BrainPart, Error, Manifest, Offers, Part, Range, read_json, scheduler, short};
+use super::{BrainPart, Error, MAX_INDEX, Manifest, Offers, Part, Range, read_json, read_json_of, scheduler, short};
 
 /// The file that makes a folder one of diffusers.
 pub const INDEX: &str = "model_index.json";
@@ -207,7 +207,8 @@ pub fn weights(part: &Path) -> Result<(Vec<PathBuf>, &'static str), Error> {
             }
             let index = part.join(format!("{stem}.safetensors.index{dotted}.json"));
             if index.is_file() {
-                let files: BTreeSet<String> = read_json::<Shards>(&index)?.weight_map.into_values().collect();
+                let shards: Shards = read_json_of(&index, MAX_INDEX)?;
+                let files: BTreeSet<String> = shards.weight_map.into_values().collect();
                 if let Some(file) = files.iter().find(|file| file.contains(['/', '\\']) || file.starts_with('.')) {
                     return Err(Error::Malformed { path: index, what: format!("{file:?} is not a plain file name") });
                 }
