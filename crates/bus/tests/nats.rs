@@ -10,7 +10,7 @@ use std::{
 use async_nats::jetstream::{self, stream};
 use bytes::Bytes;
 use efferent_bus::{
-    Bucket, Bus, Error, SharedBus,
+    Bucket, Bus, Error, QueueSpec, SharedBus,
     contract::{self, free_port},
     nats::{Nats, Options, connect_patiently},
     read_object,
@@ -101,6 +101,73 @@ async fn a_queue_that_is_emptied_again_and_again_stays_in_its_file() {
     let depth = bus.depth(&queue).await.expect("the bus is there");
     assert_eq!((depth.ready, depth.leased, depth.oldest_age), (0, 0, None), "the anchor is no task");
     assert!(newest_block(folder.path(), &queue) <= 2, "a block was made for each task");
+}
+
+/// Copies a folder's files.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("is there") {
+        let path = entry.expect("an entry").path();
+        std::fs::copy(&path, to.join(path.file_name().expect("a name"))).expect("copies");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_that_the_server_has_forgotten_are_given_out_after_all() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let mut server = Server::start(folder.path(), None);
+    let bus = server.connect("forgotten").await;
+    let queue = "hand.test.batch".to_owned();
+    let spec = QueueSpec { name: queue.clone(), capacity: 9, lease: Duration::from_secs(2) };
+    bus.declare(&spec).await.expect("declares");
+    for number in 0..3 {
+        bus.publish(&queue, contract::task(&format!("task{number}"), "job")).await.expect("there is room");
+    }
+    server.kill();
+    let stream = format!("forgotten-queue-{}", queue.replace('.', "_"));
+    let messages = folder.path().join("store/jetstream/$G/streams").join(stream).join("msgs");
+    let kept = folder.path().join("kept");
+    copy(&messages, &kept);
+    let mut server = Server::start(folder.path(), Some(server.port));
+    let bus = {
+        drop(bus);
+        server.connect("forgotten").await
+    };
+    bus.declare(&spec).await.expect("declares");
+    let mut done = 0;
+    while done < 3 {
+        for task in bus.pull(&queue, 9, Duration::from_secs(5)).await.expect("the bus is there") {
+            task.lease.ack().await.expect("the bus is there");
+            done += 1;
+        }
+    }
+    // The server writes down what its consumers have done a moment later.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    server.kill();
+    // What was acknowledged is in the stream again, and its consumer knows better.
+    std::fs::remove_dir_all(&messages).expect("removes");
+    copy(&kept, &messages);
+    let server = Server::start(folder.path(), Some(server.port));
+    let bus = server.connect("forgotten").await;
+    bus.declare(&spec).await.expect("declares");
+    let now = bus.pull(&queue, 9, Duration::from_millis(500)).await.expect("the bus is there");
+    assert_eq!(now.len(), 0, "else this tests nothing");
+    let mut keys = Vec::new();
+    let looked = async {
+        while keys.len() < 3 {
+            // As coordinators do all the time.
+            bus.depth(&queue).await.expect("the bus is there");
+            for task in bus.pull(&queue, 9, Duration::from_millis(200)).await.expect("the bus is there") {
+                task.lease.ack().await.expect("the bus is there");
+                keys.push(task.key);
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), looked).await.expect("they are given out");
+    keys.sort();
+    assert_eq!(keys, ["task0", "task1", "task2"]);
+    let depth = bus.depth(&queue).await.expect("the bus is there");
+    assert_eq!((depth.ready, depth.leased), (0, 0));
 }
 
 /// Three servers that keep three copies of everything.

@@ -17,6 +17,7 @@ const COUNTERS: &[Meter] = &[
     ),
     ("efferent_redeliveries_total", "Tasks this worker got that others had had before it, by queue"),
     ("efferent_tasks_failed_total", "Attempts at tasks that failed, by queue and class"),
+    ("efferent_tasks_rescued_total", "Tasks that a NATS server had forgotten, and that were published again"),
     ("efferent_tasks_dropped_total", "Tasks dropped because the job was over or expired, by why"),
     ("efferent_dead_letters_total", "Jobs that were given up, by the queue of the task at fault and class"),
     (

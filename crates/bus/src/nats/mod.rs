@@ -10,10 +10,11 @@
 //! Servers older than 2.12 ignore what they do not know instead of refusing it. So the version is checked, and so is every configuration
 //! that comes back.
 //!
-//! Read in this order: this file (the bus), [`setup`] (is the server fit), [`tasks`] (leases), [`objects`] (chunks), [`watch`].
+//! Read in this order: this file (the bus), [`setup`] (is the server fit), [`tasks`] (leases), [`stranded`] (tasks that the server forgot), [`objects`] (chunks), [`watch`].
 
 mod objects;
 mod setup;
+mod stranded;
 mod tasks;
 mod time;
 mod watch;
@@ -26,7 +27,7 @@ use std::{
         Arc, PoisonError, RwLock,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use async_nats::{
@@ -116,6 +117,7 @@ struct Queue {
     spec: QueueSpec,
     /// Bytes published since the anchor was renewed.
     published: Arc<AtomicUsize>,
+    stranded: Arc<stranded::Watch>,
 }
 
 fn fault<E: std::error::Error + Send + Sync + 'static>(what: impl Into<String>) -> impl FnOnce(E) -> Error {
@@ -310,7 +312,7 @@ impl Bus for Nats {
             }
             _ => {}
         }
-        let queue = Queue { stream, consumer, spec: spec.clone(), published: Arc::default() };
+        let queue = Queue { stream, consumer, spec: spec.clone(), published: Arc::default(), stranded: Arc::default() };
         self.queues.write().unwrap_or_else(PoisonError::into_inner).insert(spec.name.clone(), queue);
         Ok(())
     }
@@ -371,6 +373,10 @@ impl Bus for Nats {
         let consumer = known.consumer.get_info().await.map_err(fault(what()))?;
         let tasks = stream.state.messages.saturating_sub(ANCHORS);
         let leased = consumer.num_ack_pending as u64;
+        let missing = tasks.saturating_sub(leased + consumer.num_pending);
+        if let Some(floor) = known.stranded.see(missing, consumer.ack_floor.stream_sequence, Instant::now()) {
+            self.rescue(queue, &known, floor).await?;
+        }
         let oldest_age = match tasks {
             0 => None,
             _ => match known.stream.direct_get_next_for_subject(self.subject(queue, "*"), None).await {

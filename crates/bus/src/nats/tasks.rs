@@ -9,6 +9,7 @@ use async_nats::{
 use async_trait::async_trait;
 use futures::StreamExt as _;
 
+use super::stranded;
 use crate::{Delivery, Error, Lease, Result};
 
 /// Headers of a message: the task's job, and the task's own headers with a prefix.
@@ -46,7 +47,7 @@ fn delivery(message: jetstream::Message, queue: &str) -> Option<Delivery> {
         } else if name == JOB {
             job = value;
         } else if name == AsRef::<str>::as_ref(&async_nats::header::NATS_MESSAGE_ID) {
-            key = value;
+            key = stranded::key_of(&value).to_owned();
         }
     }
     let payload = message.payload.clone();
