@@ -124,7 +124,7 @@ impl EngineLoop {
         let (room, places) = watch::channel(1);
         thread::Builder::new()
             .name("hand".to_owned())
-            .spawn(move || run(factory, rules, &inbox, room, loaded))
+            .spawn(move || run(factory, rules, inbox, room, loaded))
             .map_err(|error| EngineError::compute("starting the engine's thread", error))?;
         let spec = wait.await.unwrap_or_else(|_| Err(EngineError::Crashed("panicked while loading".to_owned())))?;
         Ok((Self { orders, places }, spec))
@@ -172,7 +172,7 @@ struct Running {
 fn run(
     mut factory: Factory<dyn Hand>,
     rules: Rules,
-    inbox: &mpsc::Receiver<Order>,
+    inbox: mpsc::Receiver<Order>,
     places: watch::Sender<usize>,
     loaded: oneshot::Sender<Result<EngineSpec, EngineError>>,
 ) {
@@ -220,7 +220,11 @@ fn run(
         }
         if let Err(error) = batch.round() {
             tracing::error!(%error, "the engine cannot be built anew; its thread ends");
+            for order in inbox.try_iter() {
+                let _ = order.updates.send(Update::Released(None));
+            }
             // Tells that it ends. To drop an engine whose device is lost may take long.
+            drop(inbox);
             drop(batch.places);
             return;
         }
