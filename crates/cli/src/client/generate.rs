@@ -90,11 +90,13 @@ pub(crate) async fn run(
     mut progress: Progress,
     broken: impl Future<Output = Failure>,
 ) -> Result<(), Failure> {
-    tokio::pin!(broken);
+    // One for all events: one begun anew would not know of what was pressed while an event was told.
+    let pressed = ctrl_c();
+    tokio::pin!(broken, pressed);
     loop {
         let event = tokio::select! {
             event = follow.next() => event?,
-            _ = ctrl_c() => {
+            _ = &mut pressed => {
                 progress.clear();
                 return Err(interrupted(follow).await);
             }

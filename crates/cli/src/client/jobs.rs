@@ -22,10 +22,12 @@ use crate::{
 /// If the job is unknown, ended without all images, or Ctrl-C is pressed (the job goes on).
 pub(crate) async fn watch(server: Server, args: &args::Watch) -> Result<(), Failure> {
     let mut follow = Follow::watch(server, args.job.clone(), args.after);
+    let pressed = ctrl_c();
+    tokio::pin!(pressed);
     loop {
         let event = tokio::select! {
             event = follow.next() => event?,
-            _ = ctrl_c() => return Err(Failure::words(Exit::Interrupted, format!("interrupted; job {} goes on", args.job))),
+            _ = &mut pressed => return Err(Failure::words(Exit::Interrupted, format!("interrupted; job {} goes on", args.job))),
         };
         let Some(event) = event else { break };
         if args.json {

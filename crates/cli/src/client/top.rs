@@ -27,6 +27,8 @@ pub(crate) async fn run(mut server: Server, once: bool) -> Result<(), Failure> {
     let term = Term::stdout();
     let screen = !once && term.is_term();
     let mut text = page(&mut server, rows(&term)).await?;
+    let pressed = ctrl_c();
+    tokio::pin!(pressed);
     loop {
         if screen {
             let _ = term.clear_screen();
@@ -37,7 +39,7 @@ pub(crate) async fn run(mut server: Server, once: bool) -> Result<(), Failure> {
         }
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
-            _ = ctrl_c() => return Ok(()),
+            _ = &mut pressed => return Ok(()),
         }
         text = match page(&mut server, rows(&term)).await {
             Ok(text) => text,
