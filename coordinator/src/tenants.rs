@@ -10,12 +10,14 @@ use std::{
 use efferent_proto::{ApiError, names, v1::ErrorCode};
 use serde::{Deserialize, Serialize};
 
-/// What a tenant may have.
+/// What a tenant may have. A single request in the batch lane is not an item of a batch: it goes to the queue at once, has no part in the shares,
+/// and of these limits only `rate` and the open streams of `running` hold for it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Terms {
     /// Share of the hands when several tenants' batches wait, in proportion to the others'. Default 1.
     pub weight: f64,
-    /// Most items that wait in its batches.
+    /// Most items that wait in its batches when one is submitted. A coordinator submits one after the other, so that they do not go over it
+    /// together; other coordinators may at the same moment. Items that get another try are not refused.
     pub queued: u64,
     /// Most items of its batches that are worked on at once; and apart from those, most event streams it has open at a coordinator.
     pub running: usize,

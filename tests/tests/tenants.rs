@@ -4,13 +4,18 @@ use std::time::Duration;
 
 use efferent_proto::{
     ApiError, time,
-    v1::{BatchHeader, BatchState, ErrorCode, GenerateRequest, GetBatchRequest, ListBatchesRequest, RetryBatchRequest},
+    v1::{
+        BatchHeader, BatchItems, BatchState, ErrorCode, GenerateRequest, GetBatchRequest, ListBatchesRequest,
+        RetryBatchRequest, SubmitBatchRequest, submit_batch_request::Part,
+    },
 };
 use efferent_tests::{
     batches::{Client, end, id, items, key, submit},
-    calls::{generate, kind, refused, request},
+    calls::{PATIENCE, generate, kind, refused, request},
     local::Cluster,
 };
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 
 fn of(tenant: &str) -> BatchHeader {
     BatchHeader { tenant: tenant.to_owned(), ..key("") }
@@ -85,6 +90,51 @@ async fn quotas_are_kept_and_named() {
     drop(open);
     let error = refused(&mut images, of("No Name")).await;
     assert_eq!((error.code, error.field.as_str()), (ErrorCode::InvalidField, "tenant"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn submissions_side_by_side_do_not_go_over_a_quota_together() {
+    let cluster = Cluster::new().await;
+    // Without workers, what is accepted waits.
+    let coordinator = cluster.coordinator_with(with("small queued=100")).await;
+    let mut client = Client::new(coordinator.channel().await);
+    let begin = async |header: BatchHeader| {
+        let (sender, parts) = mpsc::channel(2);
+        let mut client = client.clone();
+        let answer = tokio::spawn(async move { client.submit_batch(ReceiverStream::new(parts)).await });
+        for part in [Part::Header(header), Part::Items(BatchItems { items: items(60) })] {
+            sender.send(SubmitBatchRequest { part: Some(part) }).await.expect("is read");
+        }
+        (sender, answer)
+    };
+    let (first, second) = (begin(of("small")).await, begin(of("small")).await);
+    let both_began = async {
+        let mut client = client.clone();
+        let request = ListBatchesRequest { tenant: "small".to_owned(), limit: 0 };
+        while client.list_batches(request.clone()).await.expect("a list").into_inner().batches.len() < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, both_began).await.expect("both begin");
+    // Both end now.
+    let answers = [first, second].map(|(sender, answer)| {
+        drop(sender);
+        answer
+    });
+    let mut refusals = Vec::new();
+    for answer in answers {
+        let answer = tokio::time::timeout(PATIENCE, answer).await.expect("an answer in time").expect("no panic");
+        refusals.extend(answer.err());
+    }
+    assert_eq!(refusals.len(), 1, "one is within the quota, two are not: {refusals:?}");
+    let error = ApiError::from(&refusals[0]);
+    assert_eq!((error.code, error.field.as_str(), error.limit.as_str()), (ErrorCode::QuotaExceeded, "queued", "40"));
+    // What was refused takes no room; and the same batch twice takes it once.
+    let header = BatchHeader { tenant: "small".to_owned(), ..key("whole") };
+    let (mut one, mut other, wanted) = (client.clone(), client.clone(), items(40));
+    let (one, other) = tokio::join!(submit(&mut one, header.clone(), &wanted), submit(&mut other, header, &wanted));
+    assert_eq!(id(&one.expect("is within the quota")), id(&other.expect("is the same")));
+    submit(&mut client, of("small"), &items(1)).await.expect_err("all room is taken");
 }
 
 #[tokio::test(flavor = "multi_thread")]

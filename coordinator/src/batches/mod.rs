@@ -32,7 +32,7 @@ use efferent_proto::{
     },
 };
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
@@ -64,6 +64,8 @@ pub struct Batches {
     gate: Gate,
     /// Of those who read a file of items.
     files: Arc<Semaphore>,
+    /// Of those who set a batch of a tenant with a quota going.
+    going: Arc<Mutex<()>>,
 }
 
 fn unknown(id: &str) -> ApiError {
@@ -73,7 +75,7 @@ fn unknown(id: &str) -> ApiError {
 impl Batches {
     /// A service on these records, which makes jobs as `images` does.
     pub fn new(ledger: Ledger, directory: Directory, images: Images, gate: Gate) -> Self {
-        Self { ledger, directory, images, gate, files: Arc::new(Semaphore::new(FILES)) }
+        Self { ledger, directory, images, gate, files: Arc::new(Semaphore::new(FILES)), going: Arc::default() }
     }
 
     async fn known(&self, id: &str) -> Result<Revised<BatchRecord>, ApiError> {

@@ -86,6 +86,11 @@ impl Batches {
             let message = format!("item {}: {}", sums.errors[0].index, fault.message);
             return Err(ApiError { message, ..ApiError::from(&fault) });
         }
+        // One at a time: the room that there was at the beginning may have been taken by batches submitted meanwhile.
+        let _turn = match self.gate.terms(tenant).queued {
+            u64::MAX => None,
+            _ => Some(self.going.lock().await),
+        };
         let (batch, revision) =
             self.ledger.batch(&id).await.map_err(unavailable)?.ok_or_else(|| super::unknown(&id))?;
         record = batch;
@@ -94,6 +99,10 @@ impl Batches {
         record.units = sums.units;
         let batch = record.batch.get_or_insert_default();
         if batch.state() == BatchState::Submitting {
+            let most = self.room(tenant).await?;
+            if sums.count > most {
+                return Err(no_room(tenant, most));
+            }
             batch.set_state(BatchState::Running);
             (batch.item_count, batch.failed) = (sums.count, sums.failed);
             if self.ledger.swap_batch(&record, revision).await.map_err(unavailable)?.is_none() {
@@ -171,6 +180,11 @@ impl Batches {
 
 fn invalid(field: &str, message: &str) -> ApiError {
     ApiError::new(ErrorCode::InvalidField, message).field(field)
+}
+
+fn no_room(tenant: &str, most: u64) -> ApiError {
+    let message = format!("only {most} more items may wait in its batches now");
+    tenants::over(tenant, "queued", most, message, Duration::from_secs(60))
 }
 
 fn conflict(id: &str) -> ApiError {
@@ -254,9 +268,7 @@ impl<'a> Intake<'a> {
                 .limit(format!("1..={MAX_ITEMS}")));
         }
         if index >= self.most {
-            let (tenant, most) = (self.tenant, self.most);
-            let message = format!("only {most} more items may wait in its batches now");
-            return Err(tenants::over(tenant, "queued", most, message, Duration::from_secs(60)));
+            return Err(no_room(self.tenant, self.most));
         }
         self.sums.count += 1;
         let checked = match &item {
