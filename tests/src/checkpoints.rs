@@ -1,6 +1,7 @@
 //! Checkpoints of `tests/checkpoints`, and comparison with what diffusers computed with them.
 
 use std::{
+    fmt::Write as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -296,6 +297,29 @@ pub fn copied(name: &str) -> tempfile::TempDir {
     let root = tempfile::tempdir().expect("is there");
     copy(&folder(name), root.path());
     root
+}
+
+/// Copies a checkpoint, changes it, and tells why it cannot be used.
+pub fn damaged(name: &str, change: impl FnOnce(&Path)) -> String {
+    let root = copied(name);
+    change(root.path());
+    let pipeline = match Pipeline::open(root.path()) {
+        Ok(pipeline) => pipeline,
+        Err(error) => return error.to_string(),
+    };
+    let told = |error: EngineError| {
+        let mut text = error.to_string();
+        let mut cause: Option<&dyn std::error::Error> = std::error::Error::source(&error);
+        while let Some(error) = cause {
+            let _ = write!(text, ": {error}");
+            cause = error.source();
+        }
+        text
+    };
+    let brain =
+        brains::factory(&pipeline, Path::new("/nowhere"), vec![Device::Cpu], Dtypes::default())().err().map(told);
+    let hand = hands::factory(&pipeline, Device::Cpu)().err().map(told);
+    [brain, hand].into_iter().flatten().collect::<Vec<_>>().join("\n")
 }
 
 /// Stores the matrices of all parts of a folder in this type, as published checkpoints have them.

@@ -419,6 +419,7 @@ async fn the_cluster_can_be_looked_at() {
     let models = client.list_models(ListModelsRequest {}).await.expect("models").into_inner().models;
     assert_eq!(models.len(), 1);
     assert_eq!((models[0].name.as_str(), models[0].live_brains, models[0].live_hands), ("sim", 1, 1));
+    assert_eq!((models[0].brain_family.as_str(), models[0].hand_family.as_str()), ("sim", "sim"));
     let workers = client.list_workers(ListWorkersRequest {}).await.expect("workers").into_inner().workers;
     let roles: HashSet<_> = workers.iter().map(|worker| worker.role()).collect();
     assert_eq!(roles, HashSet::from([WorkerRole::Brain, WorkerRole::Hand]));

@@ -41,6 +41,8 @@ pub fn model() -> Model {
         revision: "1".to_owned(),
         brain: NAME.to_owned(),
         hand: NAME.to_owned(),
+        brain_family: NAME.to_owned(),
+        hand_family: NAME.to_owned(),
         space: crate::signal::space_name(&space()),
         sizes: [64, 32, 256].map(|side| Size { width: side, height: side }).to_vec(),
         samplers: vec!["euler".to_owned()],

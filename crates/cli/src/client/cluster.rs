@@ -27,7 +27,7 @@ pub(crate) async fn list_models(mut server: Server, as_json: bool) -> Result<(),
     if as_json {
         return output::line(json!({ "models": models.iter().map(json::model).collect::<Vec<_>>() }));
     }
-    let mut rows = vec![row(["NAME", "BRAINS", "HANDS", "SIZES", "STEPS", "SAMPLERS", "DESCRIPTION"])];
+    let mut rows = vec![row(["NAME", "BRAINS", "HANDS", "FAMILIES", "SIZES", "STEPS", "SAMPLERS", "DESCRIPTION"])];
     rows.extend(models.iter().map(|model| {
         let mut sizes: Vec<_> = model.sizes.iter().map(json::size).collect();
         sizes.extend(
@@ -37,6 +37,7 @@ pub(crate) async fn list_models(mut server: Server, as_json: bool) -> Result<(),
             model.name.clone(),
             model.live_brains.to_string(),
             model.live_hands.to_string(),
+            format!("{} -> {}", model.brain_family, model.hand_family),
             sizes.join(","),
             format!("{} (<= {})", model.default_steps, model.max_steps),
             model.samplers.join(","),

@@ -207,6 +207,8 @@ pub(crate) fn model(model: &Model) -> Value {
         "revision": model.revision,
         "brain": model.brain,
         "hand": model.hand,
+        "brain_family": model.brain_family,
+        "hand_family": model.hand_family,
         "space": model.space,
         "sizes": model.sizes.iter().map(size).collect::<Vec<_>>(),
         "size_range": model.size_range.map(|range| json!({

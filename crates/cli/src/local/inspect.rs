@@ -76,11 +76,13 @@ pub(crate) fn inspect(settings: &Settings, name: Option<&str>, as_json: bool) ->
     let free =
         memory::available().map_or_else(String::new, |bytes| format!(" ({} can be had here)", scaled(bytes, "B")));
     output::line(format_args!(
-        "{}: {}\n{}\n\n{}\n\nspace of the control signal: {}\nmemory for the weights, by worker: {}{free}",
+        "{}: {}\n{}\n\n{}\n\nfamilies: {} (brain), {} (hand)\nspace of the control signal: {}\nmemory for the weights, by worker: {}{free}",
         pipeline.name(),
         pipeline.description(),
         pipeline.folder().display(),
         output::table(&rows),
+        pipeline.brain().family,
+        pipeline.hand().family,
         space.as_ref().map_or_else(unknown, space_name),
         needs.collect::<Vec<_>>().join(", "),
     ))?;

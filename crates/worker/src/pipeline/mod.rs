@@ -429,6 +429,8 @@ impl Pipeline {
             revision: short(&revision.finalize()),
             brain: brain.name.clone(),
             hand: hand.name.clone(),
+            brain_family: brain.family.clone(),
+            hand_family: hand.family.clone(),
             space: crate::signal::space_name(space),
             sizes: offers.sizes.iter().map(|&(width, height)| Size { width, height }).collect(),
             samplers: offers.samplers.clone(),
@@ -523,6 +525,7 @@ mod tests {
         let space = pipeline.space(256, "queries16@24".to_owned(), "rms");
         let model = pipeline.model(&space);
         assert_eq!(model.sizes, [Size { width: 96, height: 64 }]);
+        assert_eq!((&*model.brain_family, &*model.hand_family), ("f", "h"));
         assert_eq!(model.space, format!("h/256/queries16@24/rms#{}", pipeline.connector_hash()));
         std::fs::write(folder.path().join("hand.safetensors"), "other").unwrap();
         let other = Pipeline::open(folder.path()).unwrap();
