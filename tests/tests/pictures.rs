@@ -1,16 +1,23 @@
-//! Pictures that begin with a picture, over the whole path: files that clients bring or put, and what is refused.
+//! Pictures over the whole path: those that begin with a picture (files that clients bring or put, and what is refused), and those of the shipped
+//! pipeline while its workers are killed.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{io::Cursor, sync::Arc};
+use std::{collections::HashSet, io::Cursor, path::Path, sync::Arc, time::Duration};
 
+use efferent_bus::ledger::{Ledger, Options};
 use efferent_hand::pictures;
-use efferent_proto::v1::{
-    GenerateRequest, JobEvent, PictureSource, PutObjectRequest, Size, job_event::Event,
-    object_service_client::ObjectServiceClient, picture_source::Source,
+use efferent_proto::{
+    names,
+    v1::{
+        BatchState, GenerateRequest, GetBatchRequest, GetImageRequest, JobEvent, ListModelsRequest, PictureSource,
+        PutObjectRequest, Size, cluster_service_client::ClusterServiceClient, job_event::Event,
+        object_service_client::ObjectServiceClient, picture_source::Source,
+    },
 };
 use efferent_tests::{
-    calls::{generate, kind, request},
+    batches::{self, end, key, results, submit},
+    calls::{PATIENCE, all, durable, generate, job, kind, request, watch},
     checkpoints::{PROMPTS, begun, embed, folder, open, steps_apart},
     processes::{Cluster, connect},
 };
@@ -214,4 +221,127 @@ fn samples_that_began_with_pictures_keep_the_contract() {
             );
         }
     }
+}
+
+/// How long a task is leased while workers are killed.
+const LEASE: Duration = Duration::from_secs(2);
+
+/// So many requests, each with a prompt and a seed of its own.
+fn varied(count: usize) -> Vec<GenerateRequest> {
+    const COLOURS: [&str; 5] = ["red", "blue", "green", "yellow", "white"];
+    const THINGS: [&str; 6] = ["apple", "fish", "house", "cat", "tree", "car"];
+    let prompt = |number: usize| format!("a {} {}", COLOURS[number % COLOURS.len()], THINGS[number % THINGS.len()]);
+    (0..count).map(|n| GenerateRequest { seed: Some(n as u64), ..request(&prompt(n)) }).collect()
+}
+
+async fn reached(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+    let look = async {
+        while !is_so().await {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, look).await.unwrap_or_else(|_| panic!("not in time: {what}"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_shipped_pipeline_draws_each_picture_once_and_the_same_whoever_is_killed() {
+    const ITEMS: usize = 24;
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/pictogram");
+    let cluster = Cluster::start(&[
+        ("EFFERENT_MODEL", model.to_str().unwrap()),
+        ("EFFERENT_LEDGER__LEASE", "2s"),
+        // So that the brain has read few when it is killed; and the one of the undisturbed run reads all anew.
+        ("EFFERENT_BRAIN__MAX_PROMPTS", "2"),
+        ("EFFERENT_BRAIN__SHARE", "0s"),
+        ("EFFERENT_HAND__MAX_IMAGES", "2"),
+        ("EFFERENT_HAND__CHECKPOINT_AFTER", "100ms"),
+        ("EFFERENT_HAND__CHECKPOINT_INTERVAL", "50ms"),
+    ]);
+    let start = |role: &str| cluster.role(role, &[]).0;
+    let (mut brain, mut hands) = (start("brain"), vec![start("hand"), start("hand")]);
+    let (_coordinator, url) = cluster.coordinator();
+    let mut client = connect(&url).await;
+    let mut batch_client = batches::Client::connect(url.clone()).await.unwrap();
+    // The last six are sent alone, two before each death.
+    let requests = varied(ITEMS + 6);
+    let mut singles = requests[ITEMS..].chunks(2);
+    let mut streams = Vec::new();
+    let mut send_two = async || {
+        for request in singles.next().unwrap() {
+            let events = client.clone().generate(request.clone()).await.unwrap().into_inner();
+            streams.push(tokio::spawn(all(events)));
+        }
+    };
+    let batch_id = batches::id(&submit(&mut batch_client, key(""), &requests[..ITEMS]).await.unwrap());
+    let batch = async || {
+        let request = GetBatchRequest { batch_id: batch_id.clone() };
+        batch_client.clone().get_batch(request).await.unwrap().into_inner()
+    };
+    send_two().await;
+    reached("a prompt is read", async || brain.counter("efferent_brain_publish_seconds_count") > 0).await;
+    assert!(batch().await.succeeded < ITEMS as u64 / 2, "it has only begun");
+    brain.kill();
+    brain = start("brain");
+    for drawn in [6, 12] {
+        reached("pictures are drawn", async || batch().await.succeeded >= drawn).await;
+        send_two().await;
+        assert_eq!(batch().await.state(), BatchState::Running, "it is in the middle");
+        hands.remove(0).kill();
+        hands.push(start("hand"));
+    }
+    let ended = end(&mut batch_client.clone(), &batch_id).await;
+    let outcome = (ended.state(), ended.succeeded, ended.failed);
+    assert_eq!(outcome, (BatchState::Ended, ITEMS as u64, 0), "{}", cluster.log());
+    let items = results(&mut batch_client.clone(), &batch_id, 0, &[]).await;
+    let mut jobs: Vec<String> = items.into_iter().map(|item| item.job_id).collect();
+    for events in streams {
+        jobs.push(events.await.unwrap()[0].job_id.clone());
+    }
+    assert_eq!(jobs.iter().collect::<HashSet<_>>().len(), requests.len(), "a job for each");
+    let mut drawn = Vec::new();
+    for id in &jobs {
+        let told = durable(&all(watch(&mut client, id, 0).await).await, 0);
+        assert_eq!(told.iter().filter(|kind| **kind == "image").count(), 1, "{told:?}");
+        assert_eq!(told.last(), Some(&"done"));
+        let mut images = job(&mut client, id).await.images;
+        assert_eq!(images.len(), 1, "{images:?}");
+        drawn.push(images.remove(0));
+        let image = GetImageRequest { job_id: id.clone(), image_index: 0 };
+        let mut chunks = client.get_image(image).await.unwrap().into_inner();
+        let mut file = Vec::new();
+        while let Some(chunk) = chunks.message().await.unwrap() {
+            file.extend_from_slice(&chunk.data);
+        }
+        assert_eq!(blake3::hash(&file).to_hex().as_str(), drawn[drawn.len() - 1].hash);
+    }
+    // What the dead had in hand was done again.
+    assert!(brain.counter("efferent_redeliveries_total") > 0, "the brain died with nothing in hand");
+    assert!(drawn.iter().any(|image| image.attempt > 1), "hands died with nothing in hand");
+    let hashes: Vec<_> = drawn.iter().map(|image| &image.hash).collect();
+    assert_eq!(hashes.iter().collect::<HashSet<_>>().len(), requests.len(), "each prompt has another picture");
+
+    // Undisturbed, they are the same.
+    assert!(brain.terminate(), "{}", cluster.log());
+    let _brain = start("brain");
+    let again = batches::id(&submit(&mut batch_client.clone(), key(""), &requests).await.unwrap());
+    assert_eq!(end(&mut batch_client.clone(), &again).await.succeeded, requests.len() as u64);
+    let undisturbed = results(&mut batch_client.clone(), &again, 0, &[]).await;
+    assert!(undisturbed.iter().map(|item| &item.images[0].hash).eq(hashes), "{drawn:?}\n{undisturbed:?}");
+
+    let ledger = Ledger::new(cluster.bus().await, Options { lease: LEASE, ..Options::default() });
+    let mut cluster_client = ClusterServiceClient::connect(url).await.unwrap();
+    let models = cluster_client.list_models(ListModelsRequest {}).await.unwrap().into_inner().models;
+    ledger.declare_queues(&models[0]).await.unwrap();
+    let queues =
+        names::LANES.map(|lane| [names::brain_queue(&models[0].brain, lane), names::hand_queue(&models[0].hand, lane)]);
+    reached("nothing is left in queues", async || {
+        let mut left = 0;
+        for queue in queues.iter().flatten() {
+            let depth = ledger.bus().depth(queue).await.unwrap();
+            left += depth.ready + depth.leased;
+        }
+        left == 0
+    })
+    .await;
+    assert!(ledger.letters().await.unwrap().is_empty(), "nothing was given up");
 }

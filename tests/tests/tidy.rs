@@ -1,4 +1,5 @@
-//! Invariants of the source tree: who may import whom, how long a file may be, that every family is listed.
+//! Invariants of the source tree: who may import whom, how long a file may be, that every family is listed, that manifests name
+//! what there is.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,6 +7,7 @@ use std::{
     process::Command,
 };
 
+use efferent_proto::names;
 use serde_json::Value;
 
 /// Lines a source file may have. Longer ones hide what they hold.
@@ -118,6 +120,42 @@ fn crates_and_folders_open_with_a_map() {
             assert!(text.starts_with("//!"), "{} does not say what it is", path.display());
         }
     }
+}
+
+#[test]
+fn manifests_name_what_there_is() {
+    let read =
+        |path: &str| std::fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let (described, backend) = (read("crates/service/src/meters.rs"), read("crates/bus/src/nats/mod.rs"));
+    // As the backend spells them.
+    assert!(backend.contains(r#"format!("{}-queue-{}", self.options.prefix, spec.name.replace('.', "_"))"#));
+    let pipeline: Value = serde_json::from_str(&read("models/pictogram/pipeline.json")).expect("JSON");
+    let [brain, hand] = ["brain", "hand"].map(|part| pipeline[part]["name"].as_str().expect("a name"));
+    let queues = names::LANES.map(|lane| [names::brain_queue(brain, lane), names::hand_queue(hand, lane)]);
+    let prefix = efferent_bus::nats::Options::default().prefix;
+    let made: Vec<_> =
+        queues.iter().flatten().map(|queue| format!("{prefix}-queue-{}", queue.replace('.', "_"))).collect();
+    let (mut metrics, mut streams, mut consumers) = (0, 0, 0);
+    for path in files().into_iter().filter(|path| path.starts_with(root().join("deploy/kubernetes"))) {
+        let text = std::fs::read_to_string(&path).expect("UTF-8");
+        for word in text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')) {
+            if word.starts_with("efferent_") {
+                assert!(described.contains(&format!("\"{word}\"")), "{word} of {} is no metric", path.display());
+                metrics += 1;
+            }
+        }
+        for line in text.lines().map(str::trim) {
+            if let Some(stream) = line.strip_prefix("stream: ") {
+                assert!(made.iter().any(|name| name == stream), "{stream} of {} is not among {made:?}", path.display());
+                streams += 1;
+            }
+            if let Some(consumer) = line.strip_prefix("consumer: ") {
+                assert!(backend.contains(&format!("const CONSUMER: &str = \"{consumer}\";")), "{consumer}");
+                consumers += 1;
+            }
+        }
+    }
+    assert!(metrics > 1 && streams > 1 && consumers > 1, "they are found");
 }
 
 #[test]
