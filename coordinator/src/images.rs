@@ -122,13 +122,13 @@ impl Images {
         trace: &trace::Context,
     ) -> Result<(String, Option<Tail>), ApiError> {
         validate::syntax(&request)?;
-        let key = request.idempotency_key.clone();
-        let hash = fingerprint(&request);
-        let id = names::new_job_id();
-        let prepared = self.prepare(id.clone(), request.clone()).await;
+        let (key, id) = (request.idempotency_key.clone(), names::new_job_id());
         if key.is_empty() {
-            return Ok((id, self.begin(prepared?, trace).await?));
+            let record = self.prepare(id.clone(), request).await?;
+            return Ok((id, self.begin(record, trace).await?));
         }
+        let hash = fingerprint(&request);
+        let prepared = self.prepare(id.clone(), request.clone()).await;
         // A key is claimed for what can be done only: a refused request can be mended, and sent with the same key.
         let standing = match &prepared {
             Ok(_) => {

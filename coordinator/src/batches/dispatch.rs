@@ -176,7 +176,7 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>, turns: &
     }
     turns.forget(active);
     // If an item cannot be released now, no other of its batch for that hand is tried in this round.
-    let mut stuck = HashSet::new();
+    let mut stuck: HashMap<String, HashSet<String>> = HashMap::new();
     loop {
         let mut taken = Vec::new();
         while taken.len() < AT_ONCE {
@@ -204,7 +204,7 @@ async fn round(batches: &Batches, active: &mut HashMap<String, Active>, turns: &
                 Err(error) => {
                     tracing::debug!(batch_id = id, index = head.index, %error, "not released yet");
                     // Those who have no hand now are in the same line.
-                    stuck.extend([(id.clone(), head.hand.clone()), (id.clone(), String::new())]);
+                    stuck.entry(id.clone()).or_default().extend([head.hand.clone(), String::new()]);
                     if let Some(one) = active.get_mut(&id) {
                         one.put_back(head);
                     }

@@ -33,7 +33,7 @@ impl Turns {
         gate: &Gate,
         directory: &Directory,
         active: &HashMap<String, Active>,
-        stuck: &HashSet<(String, String)>,
+        stuck: &HashMap<String, HashSet<String>>,
     ) -> Option<(String, String, f64)> {
         let mut by_hand: HashMap<&str, (usize, f64)> = HashMap::new();
         let mut by_tenant: HashMap<&str, usize> = HashMap::new();
@@ -55,7 +55,7 @@ impl Turns {
                 let held = by_hand.get(head.hand.as_str()).copied().unwrap_or_default();
                 let room =
                     room.entry(&head.hand).or_insert_with(|| has_room(held, directory.hand_capacity(&head.hand)));
-                *room && !stuck.contains(&(id.clone(), head.hand.clone()))
+                *room && !stuck.get(id).is_some_and(|hands| hands.contains(&head.hand))
             });
             if let Some(first) = may_go.min_by_key(|head| head.index) {
                 waiting.entry(&one.batch.tenant).or_default().insert(id, first);
